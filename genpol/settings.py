@@ -1,0 +1,33 @@
+"""Checks that settings dataclasses run on themselves; each failure names the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from genpol.errors import ConfigError, nearest
+
+
+def positive(field: str, value: float) -> None:
+    """Refuse ``value`` unless it is a finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{field} = {value!r}: must be > 0")
+
+
+def at_least(field: str, value: float, minimum: float) -> None:
+    """Refuse ``value`` below ``minimum``."""
+    if not value >= minimum:
+        raise ConfigError(f"{field} = {value!r}: must be >= {minimum}")
+
+
+def within(field: str, value: float, low: float, high: float) -> None:
+    """Refuse ``value`` outside the closed interval ``[low, high]``."""
+    if not low <= value <= high:
+        raise ConfigError(f"{field} = {value!r}: must lie in [{low}, {high}]")
+
+
+def one_of(field: str, value: str, choices: Collection[str]) -> None:
+    """Refuse ``value`` unless it is one of ``choices``; the message names the nearest."""
+    if value not in choices:
+        listed = ", ".join(sorted(choices))
+        raise ConfigError(f"{field} = {value!r}: must be one of {listed}.{nearest(value, choices)}")

@@ -1,0 +1,1 @@
+"""Networks, embeddings and normalisers that every policy is built from."""

@@ -1,0 +1,104 @@
+"""Multilayer perceptrons whose initial weights come from a generator of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice, pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from genpol.settings import one_of
+
+# Name -> (activation, its in-place form). Flax's GELU, which the JAX codes of many papers use, is
+# the tanh approximation.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "silu": (F.silu, partial(F.silu, inplace=True)),
+    "relu": (F.relu, torch.relu_),
+    "elu": (F.elu, partial(F.elu, inplace=True)),
+    "mish": (F.mish, partial(F.mish, inplace=True)),
+    "tanh": (torch.tanh, torch.tanh_),
+    "gelu": (F.gelu, F.gelu),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"),) * 2,
+}
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron with LeCun-uniform weights and zero biases.
+
+    Args:
+        input_dim: Width of the input.
+        output_dim: Width of the output, which passes no activation.
+        hidden: Widths of the hidden layers; empty for a linear map.
+        activation: One of :data:`ACTIVATIONS`, applied behind every hidden layer.
+        output_gain: Factor on the last layer's initial weights; 0.0 starts with a zero output.
+        generator: Source of the initial weights. Without it torch's global generator is used.
+            The global generator is otherwise left untouched.
+
+    Raises:
+        ConfigError: If the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        hidden: Sequence[int],
+        *,
+        activation: str = "silu",
+        output_gain: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("activation", activation, ACTIVATIONS)
+        self.activation = activation
+        self.output_gain = output_gain
+        # nn.Linear would draw weights from the global generator, only for us to overwrite them.
+        self.layers = nn.ModuleList(
+            skip_init(nn.Linear, fan_in, fan_out)
+            for fan_in, fan_out in pairwise((input_dim, *hidden, output_dim))
+        )
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew and zero the biases; the output gain applies again."""
+        for layer in self.linears:
+            lecun_uniform_(layer.weight, generator)
+            layer.bias.zero_()
+        self.linears[-1].weight.mul_(self.output_gain)
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers, input side first."""
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., input_dim]`` to ``[..., output_dim]``."""
+        return self.after_first(self.layers[0](x))
+
+    def after_first(self, hidden: Tensor) -> Tensor:
+        """Apply everything behind the first linear layer to that layer's output.
+
+        Samplers call it directly: they split the first layer to reuse the part that stays the
+        same from step to step. ``hidden`` is overwritten where gradients are off, which saves an
+        allocation per layer.
+        """
+        activate = ACTIVATIONS[self.activation][0 if torch.is_grad_enabled() else 1]
+        for layer in islice(self.layers, 1, None):
+            linear = cast(nn.Linear, layer)
+            hidden = F.linear(activate(hidden), linear.weight, linear.bias)
+        return hidden
+
+
+def lecun_uniform_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``weight`` ``[fan_out, fan_in]`` from ``U(-sqrt(3 / fan_in), sqrt(3 / fan_in))``."""
+    bound = (3.0 / weight.shape[1]) ** 0.5
+    # Drawn where the generator lives, so that a seed means the same weights on every device.
+    device = generator.device if generator is not None else weight.device
+    draws = torch.rand(weight.shape, generator=generator, device=device, dtype=weight.dtype)
+    return weight.copy_(draws.mul_(2 * bound).sub_(bound))

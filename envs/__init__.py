@@ -1,0 +1,86 @@
+"""Simulators: native batched MuJoCo tasks, and any gymnasium or dm_control environment.
+
+Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]`` with actions in
+``[-1, 1]`` and the keys that the README lists. Importing this package imports no simulator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from genpol.envs.mujoco.names import NAMES
+from genpol.envs.settings import DMControlSettings, GymSettings, MujocoSettings, Settings, label
+
+if TYPE_CHECKING:
+    import torch
+    from torchrl.envs import EnvBase
+
+__all__ = [
+    "DMControlSettings",
+    "GymSettings",
+    "MujocoSettings",
+    "Settings",
+    "label",
+    "make",
+    "names",
+    "settings_classes",
+]
+
+
+def names() -> list[str]:
+    """Return the names of the native tasks."""
+    return list(NAMES)
+
+
+def settings_classes() -> dict[str, type]:
+    """Return the settings dataclass of every simulator family by the family's name."""
+    return {"mujoco": MujocoSettings, "gym": GymSettings, "dm_control": DMControlSettings}
+
+
+def make(
+    settings: Settings,
+    *,
+    num_envs: int,
+    device: torch.device | str = "cpu",
+    seed: int,
+    stagger: bool = False,
+) -> EnvBase:
+    """Make ``num_envs`` environments in one, of batch size ``[num_envs]``.
+
+    Args:
+        settings: Which simulator and task.
+        num_envs: Number of environments.
+        device: Where tensors are given and taken.
+        seed: Seed of the start states.
+        stagger: Start the first episodes at random clocks, so that ends are spread over time.
+
+    Raises:
+        ConfigError: If there is no such task, or it is not one of vectors in and out.
+    """
+    from genpol.settings import at_least
+
+    at_least("num_envs", num_envs, 1)
+    match settings:
+        case MujocoSettings():
+            from genpol.envs.mujoco import registry
+            from genpol.envs.mujoco.env import MujocoEnv
+
+            return MujocoEnv(
+                settings.name,
+                registry.tasks()[settings.name](),
+                num_envs=num_envs,
+                seed=seed,
+                num_threads=settings.num_threads,
+                action_repeat=settings.action_repeat,
+                stagger=stagger,
+                device=device,
+            )
+        case GymSettings():
+            from genpol.envs.torchrl_envs import make_gym
+
+            return make_gym(settings, num_envs, device, seed, stagger=stagger)
+        case DMControlSettings():
+            from genpol.envs.torchrl_envs import make_dm_control
+
+            return make_dm_control(settings, num_envs, device, seed, stagger=stagger)
+    raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")

@@ -1,0 +1,263 @@
+"""A torchrl environment over a batch of MuJoCo simulations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from genpol.envs.mujoco.simulation import BatchedSimulation, Stage
+from genpol.envs.mujoco.task import Task
+from genpol.errors import GenpolError
+
+
+class MujocoEnv(EnvBase):
+    """``num_envs`` copies of one task as a batch-locked environment ``[num_envs]``.
+
+    A simulation that diverges (bad state, huge or non-finite observation or an error inside MuJoCo)
+    ends its episode with ``truncated`` and ``diverged`` set, reward 0 and its last good
+    observation, so that nothing non-finite ever leaves the environment; the next reset starts it
+    afresh.
+
+    Attributes:
+        name: The task's name.
+        max_episode_steps: Control steps until truncation.
+        action_repeat: Control steps per call of ``step``.
+        num_diverged: Episodes that ended by divergence so far.
+
+    Args:
+        name: The task's name.
+        task: What to simulate.
+        num_envs: Number of simulations.
+        seed: Seed of the start states.
+        num_threads: Threads that step the physics; 0 takes all cores.
+        action_repeat: Control steps for which each action is held; rewards add up over them.
+        stagger: Start the first episodes at random clocks, so that ends are spread over time.
+        device: Where tensors are given and taken; the physics stays on the CPU.
+    """
+
+    batch_locked = True
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        *,
+        num_envs: int,
+        seed: int,
+        num_threads: int = 0,
+        action_repeat: int = 1,
+        stagger: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        self.name = name
+        self.task = task
+        self.max_episode_steps = task.max_episode_steps
+        self.action_repeat = action_repeat
+        self.num_diverged = 0
+        self.generator = torch.Generator()
+        self._stagger = stagger
+        self._restored = False
+        self._renderer: mujoco.Renderer | None = None
+        self.sim = BatchedSimulation(
+            task.model,
+            num_envs,
+            fields=task.fields,
+            expanded=task.expanded,
+            num_threads=num_threads,
+            persistent=task.persistent,
+        )
+        task.allocate(num_envs)
+        self._all = torch.arange(num_envs)
+        self._elapsed = torch.zeros(num_envs, dtype=torch.int64)
+        self.set_seed(seed)
+        self._start(self._all)
+        self._observation = self._observe()
+        self._make_specs()
+
+    @property
+    def control_period_s(self) -> float:
+        """Seconds of simulated time per call of ``step``."""
+        return self.task.control_period_s * self.action_repeat
+
+    def _make_specs(self) -> None:
+        n, dim = self._observation.shape
+        device: dict[str, Any] = {"device": self.device}
+        flag = {"shape": (n, 1), "dtype": torch.bool, **device}
+        self.observation_spec = Composite(
+            observation=Unbounded((n, dim), **device),
+            diverged=Binary(1, **flag),
+            shape=(n,),
+            **device,
+        )
+        self.action_spec = Bounded(-1.0, 1.0, (n, self.task.action_dim), **device)
+        self.reward_spec = Unbounded((n, 1), **device)
+        self.full_done_spec = Composite(
+            done=Binary(1, **flag),
+            terminated=Binary(1, **flag),
+            truncated=Binary(1, **flag),
+            shape=(n,),
+            **device,
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self.generator.manual_seed(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is None or mask.all():
+            self._reset_all()
+        else:
+            mask = mask.cpu()
+            ids = mask.view(-1).nonzero().view(-1)
+            self._start(ids)
+            self._elapsed[ids] = 0
+            # Rows of simulations that run on are recomputed from unchanged fields, unless they
+            # diverged in a step whose reset was refused; keep those as they were.
+            self._observation = torch.where(mask.view(-1, 1), self._observe(), self._observation)
+        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
+        return TensorDict(
+            {
+                "observation": self._observation,
+                "diverged": flag,
+                "done": flag.clone(),
+                "terminated": flag.clone(),
+                "truncated": flag.clone(),
+            },
+            self.batch_size,
+            device=self.device,
+        )
+
+    def _reset_all(self) -> None:
+        if self._restored:  # load_simulation() has put everything in place
+            self._restored = False
+            return
+        self._start(self._all)
+        self._elapsed.zero_()
+        if self._stagger:  # once: later full resets are those of small batches
+            self._stagger = False
+            decisions = self.max_episode_steps // self.action_repeat
+            clocks = torch.randint(decisions, self._elapsed.shape, generator=self.generator)
+            self._elapsed.copy_(clocks * self.action_repeat)
+        self._observation = self._observe()
+
+    def _start(self, ids: Tensor) -> None:
+        self.sim.reset(ids)
+        self.task.initialize(self.sim, ids, self.generator)
+        self.sim.forward(ids, Stage.ACCELERATION, actuated=self.task.actuated_start)
+        self.task.after_reset(self.sim, ids)
+        self.sim.pop_diverged()
+
+    def _observe(self) -> Tensor:
+        return self.task.observe(self.sim).float()
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        action = tensordict["action"].to("cpu", torch.float64).clamp(-1.0, 1.0)
+        observation, reward, terminated, diverged = self._control_step(action)
+        for _ in range(self.action_repeat - 1):
+            running = ~(terminated | diverged | self._timed_out())
+            self._elapsed -= (~running).long()  # clocks of ended episodes stand still
+            later = self._control_step(action)
+            observation = torch.where(running[:, None], later[0], observation)
+            reward += torch.where(running, later[1], 0.0)
+            terminated |= running & later[2]
+            diverged |= running & later[3]
+        if diverged.any():
+            self.num_diverged += int(diverged.sum())
+            observation = torch.where(diverged[:, None], self._observation, observation)
+            reward = torch.where(diverged, 0.0, reward)
+            terminated &= ~diverged
+        truncated = self._timed_out() | diverged
+        self._observation = observation
+        return TensorDict(
+            {
+                "observation": observation,
+                "reward": reward.unsqueeze(-1),
+                "diverged": diverged.unsqueeze(-1),
+                "terminated": terminated.unsqueeze(-1),
+                "truncated": truncated.unsqueeze(-1),
+                "done": (terminated | truncated).unsqueeze(-1),
+            },
+            self.batch_size,
+            device=self.device,
+        )
+
+    def _control_step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Advance one control step; return observation, reward, terminated and diverged."""
+        sim, task = self.sim, self.task
+        task.before_step(sim, action)
+        sim.step(task.num_substeps, task.stage)
+        task.after_step(sim)
+        self._elapsed += 1
+        observation, reward = self._observe(), task.reward(sim).float()
+        # MuJoCo itself tests the state only when the next step begins. NaN fails both comparisons.
+        sane = (observation.abs() < mujoco.mjMAXVAL).all(-1) & (reward.abs() < mujoco.mjMAXVAL)
+        diverged = sim.pop_diverged() | ~sane
+        return observation, reward, task.terminated(sim), diverged
+
+    def _timed_out(self) -> Tensor:
+        return self._elapsed >= self.max_episode_steps
+
+    def state_dict_of_simulation(self) -> dict[str, Tensor]:
+        """Return all that continuing bit for bit needs: physics, clocks, memory, generator."""
+        state = {f"physics.{name}": x for name, x in self.sim.state().items()}
+        state |= {f"memory.{name}": x.clone() for name, x in self.task.memory.items()}
+        return state | {
+            "observation": self._observation.clone(),
+            "elapsed": self._elapsed.clone(),
+            "generator": self.generator.get_state(),
+            "num_diverged": torch.tensor(self.num_diverged),
+        }
+
+    def load_simulation(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict_of_simulation`; the next full reset returns this state."""
+        prefix = "physics."
+        self.sim.load_state(
+            {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        )
+        for name, x in self.task.memory.items():
+            x.copy_(state[f"memory.{name}"])
+        self._observation = state["observation"].clone()
+        self._elapsed.copy_(state["elapsed"])
+        self.generator.set_state(state["generator"])
+        self.num_diverged = int(state["num_diverged"])
+        self._restored = True
+        self._stagger = False
+
+    def render(self, index: int = 0, *, height: int = 360, width: int = 480) -> np.ndarray:
+        """Draw simulation ``index`` as ``uint8 [height, width, 3]``."""
+        model = self.sim.model_of(index)
+        data = self.sim.data_of(index)
+        mujoco.mj_forward(model, data)
+        if self._renderer is None:
+            self._renderer = _make_renderer(model, height, width)
+        self._renderer.update_scene(data, camera=self.task.camera)
+        return self._renderer.render()
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Free the renderer; the simulations go with the object."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        super().close(raise_if_closed=raise_if_closed)
+
+
+def _make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
+    try:
+        # The largest picture that the model's off-screen buffer holds must hold this one.
+        model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
+        model.vis.global_.offheight = max(model.vis.global_.offheight, height)
+        return mujoco.Renderer(model, height, width)
+    except Exception as error:  # whatever the OpenGL binding raises where there is none
+        raise GenpolError(
+            f"nothing can be drawn here ({type(error).__name__}); install an OpenGL library "
+            "(Debian: apt install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl"
+        ) from error

@@ -1,0 +1,91 @@
+"""What a MuJoCo task defines: model, start, observation, reward and end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import mujoco
+import torch
+from torch import Tensor
+
+from genpol.envs.mujoco.simulation import BatchedSimulation, Stage
+
+
+class Task(ABC):
+    """One task over a batch of simulations; subclasses are written in vectorised torch.
+
+    A task holds no per-environment state but ``memory``, which is saved with the simulations.
+
+    Attributes:
+        fields: Derived ``MjData`` fields that the task reads.
+        expanded: ``MjModel`` fields that the task sets per simulation (targets, say).
+        persistent: Whether each simulation keeps its own ``MjData``.
+        stage: How far derived fields are current after a step. ``VELOCITY`` is what dm_control's
+            step leaves; ``NONE`` suffices where only ``qpos`` and ``qvel`` are read.
+        actuated_start: Whether actuators act in the forces of the first observation.
+        num_substeps: Physics steps per control step.
+        max_episode_steps: Control steps until the episode is truncated.
+        camera: Camera that :meth:`MujocoEnv.render` looks through.
+        model: The compiled model.
+        memory: Tensors ``[num_envs, ...]`` that the task carries from step to step.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    expanded: ClassVar[tuple[str, ...]] = ()
+    persistent: ClassVar[bool] = False
+    stage: ClassVar[Stage] = Stage.VELOCITY
+    actuated_start: ClassVar[bool] = True
+    num_substeps: int
+    max_episode_steps: int = 1000
+    camera: int | str = 0
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self.model = model
+        self.memory: dict[str, Tensor] = {}
+        low, high = torch.from_numpy(model.actuator_ctrlrange.copy()).unbind(-1)
+        self._control_centre = (high + low) / 2
+        self._control_half_range = (high - low) / 2
+
+    @property
+    def action_dim(self) -> int:
+        """Number of actuators."""
+        return int(self.model.nu)
+
+    @property
+    def control_period_s(self) -> float:
+        """Seconds of simulated time per control step."""
+        return float(self.model.opt.timestep) * self.num_substeps
+
+    def allocate(self, num_envs: int) -> None:  # noqa: B027 - most tasks remember nothing
+        """Create ``memory`` for ``num_envs`` simulations."""
+
+    @abstractmethod
+    def initialize(self, sim: BatchedSimulation, ids: Tensor, generator: torch.Generator) -> None:
+        """Write the start state of simulations ``ids``, which stand at the model's default.
+
+        The caller runs :meth:`BatchedSimulation.forward` for ``ids`` afterwards.
+        """
+
+    def after_reset(self, sim: BatchedSimulation, ids: Tensor) -> None:  # noqa: B027 - optional
+        """Set ``memory`` of simulations ``ids``, whose derived fields are current at the start."""
+
+    def before_step(self, sim: BatchedSimulation, action: Tensor) -> None:
+        """Write controls from ``action`` ``[num_envs, A]`` in ``[-1, 1]``, float64."""
+        # Centre plus half range is exact where the range is [-1, 1].
+        torch.addcmul(self._control_centre, action, self._control_half_range, out=sim.ctrl)
+
+    def after_step(self, sim: BatchedSimulation) -> None:  # noqa: B027 - optional hook
+        """Update ``memory`` between the physics step and the reward."""
+
+    @abstractmethod
+    def observe(self, sim: BatchedSimulation) -> Tensor:
+        """Return observations ``[num_envs, d]`` (float64)."""
+
+    @abstractmethod
+    def reward(self, sim: BatchedSimulation) -> Tensor:
+        """Return rewards ``[num_envs]`` (float64) of the step just made."""
+
+    def terminated(self, sim: BatchedSimulation) -> Tensor:
+        """Return which episodes ``[num_envs]`` ended in a terminal state. None by default."""
+        return torch.zeros(sim.num_envs, dtype=torch.bool)

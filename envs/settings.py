@@ -1,0 +1,75 @@
+"""Settings of the simulator families; imports neither torch nor a simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from genpol.envs.mujoco.names import NAMES
+from genpol.errors import ConfigError, nearest
+from genpol.settings import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class MujocoSettings:
+    """A native task: all environments in one batch of MuJoCo simulations."""
+
+    name: str = "HopperStand"
+    """Native task, as `genpol list envs` shows them: HopperStand, Ant-v5, ..."""
+    num_threads: int = 0
+    """Threads that step the physics; 0 takes all cores."""
+    action_repeat: int = 1
+    """Control steps for which each action is held; rewards add up over them."""
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ConfigError(
+                f"env.name = {self.name!r}: not a native task.{nearest(self.name, NAMES)} For "
+                "another simulator's own names use env=gym env.id=... or env=dm_control"
+            )
+        at_least("env.num_threads", self.num_threads, 0)
+        at_least("env.action_repeat", self.action_repeat, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GymSettings:
+    """Any gymnasium environment with vector observations and a bounded box of actions."""
+
+    id: str = "Pendulum-v1"
+    """Registered id; `module:id` imports the module that registers it first."""
+
+    def __post_init__(self) -> None:
+        _not_empty("env.id", self.id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMControlSettings:
+    """Any task of the dm_control suite, simulated by dm_control itself."""
+
+    domain: str = "cartpole"
+    """Domain of the suite: cartpole, stacker, ..."""
+    task: str = "swingup"
+    """Task of the domain: swingup, stack_2, ..."""
+
+    def __post_init__(self) -> None:
+        _not_empty("env.domain", self.domain)
+        _not_empty("env.task", self.task)
+
+
+Settings = MujocoSettings | GymSettings | DMControlSettings
+
+
+def label(settings: Settings) -> str:
+    """Return a short name without slashes: HopperStand, Pendulum-v1, cartpole-swingup."""
+    match settings:
+        case MujocoSettings():
+            return settings.name
+        case GymSettings():
+            return settings.id.rpartition(":")[2].replace("/", "-")
+        case DMControlSettings():
+            return f"{settings.domain}-{settings.task}"
+    raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
+
+
+def _not_empty(field: str, value: str) -> None:
+    if not value:
+        raise ConfigError(f"{field} is empty: give a name")

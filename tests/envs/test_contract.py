@@ -1,0 +1,273 @@
+"""What every environment promises, whatever simulates it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import RandomPolicy, check_env_specs
+
+from genpol import envs
+from genpol.envs import DMControlSettings, GymSettings, MujocoSettings, Settings
+from genpol.envs.mujoco.env import MujocoEnv
+from genpol.errors import ConfigError
+
+FAMILIES: dict[str, tuple[Settings, int]] = {
+    "HopperStand": (MujocoSettings(name="HopperStand"), 4),
+    "CartpoleSwingup": (MujocoSettings(name="CartpoleSwingup"), 4),
+    "InvertedPendulum-v5": (MujocoSettings(name="InvertedPendulum-v5"), 4),
+    "Ant-v5": (MujocoSettings(name="Ant-v5"), 3),
+    "gym": (GymSettings(), 1),
+    "gym-workers": (GymSettings(), 2),
+    "dm_control": (DMControlSettings(), 1),
+    "dm_control-workers": (DMControlSettings(), 2),
+}
+MANY = [name for name, (_, num_envs) in FAMILIES.items() if num_envs > 1]
+NATIVE = [name for name, (settings, _) in FAMILIES.items() if isinstance(settings, MujocoSettings)]
+
+
+@pytest.fixture(scope="module")
+def env(request: pytest.FixtureRequest) -> Iterator[EnvBase]:
+    settings, num_envs = FAMILIES[request.param]
+    made = envs.make(settings, num_envs=num_envs, seed=0)
+    yield made
+    made.close()
+
+
+every_family = pytest.mark.parametrize("env", FAMILIES, indirect=True)
+
+
+def native(name: str, *, num_envs: int = 4, seed: int = 0, num_threads: int = 0) -> MujocoEnv:
+    settings = MujocoSettings(name=name, num_threads=num_threads)
+    made = envs.make(settings, num_envs=num_envs, seed=seed)
+    assert isinstance(made, MujocoEnv)
+    return made
+
+
+def actions(env: EnvBase, steps: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return scale * (2 * torch.rand(steps, *env.action_spec.shape, generator=generator) - 1)
+
+
+def act(env: EnvBase, action: Tensor) -> TensorDict:
+    return env.step(TensorDict({"action": action}, env.batch_size))["next"]
+
+
+def run(
+    env: EnvBase, sequence: Tensor, *, seed: int | None = None, reset_first_at: int = -1
+) -> TensorDict:
+    """Step through ``sequence``, resetting what is done, and return every step's outcome."""
+    if seed is not None:
+        env.set_seed(seed)
+        env.reset()
+    outcomes = []
+    for step, action in enumerate(sequence):
+        outcomes.append(act(env, action))
+        mask = outcomes[-1]["done"].clone()
+        mask[0] |= step == reset_first_at
+        if mask.any():
+            env.reset(TensorDict({"_reset": mask}, env.batch_size))
+    return torch.stack(outcomes)
+
+
+def assert_equal(a: TensorDict, b: TensorDict) -> None:
+    for key in ("observation", "reward", "done", "terminated", "truncated", "diverged"):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+
+
+@every_family
+def test_specs_hold(env: EnvBase) -> None:
+    check_env_specs(env)
+
+
+@every_family
+def test_attributes_and_shapes(env: EnvBase) -> None:
+    (n,) = env.batch_size
+    outcome = run(env, actions(env, 1), seed=0)[0]
+    assert outcome["observation"].dtype == outcome["reward"].dtype == torch.float32
+    assert outcome["observation"].shape == env.observation_spec["observation"].shape
+    assert env.action_spec.dtype == torch.float32
+    for key in ("reward", "done", "terminated", "truncated", "diverged"):
+        assert outcome[key].shape == (n, 1)
+        assert outcome[key].dtype == (torch.float32 if key == "reward" else torch.bool)
+    assert isinstance(env.max_episode_steps, int)
+    assert env.max_episode_steps > 1
+    assert env.action_repeat == 1
+    assert 0 < env.control_period_s < 1
+    assert env.name
+
+
+@every_family
+def test_extreme_actions_reach_the_bounds(
+    env: EnvBase, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    env.reset()
+    taken = []
+    if isinstance(env, MujocoEnv):
+        low, high = torch.from_numpy(env.task.model.actuator_ctrlrange.copy()).unbind(-1)
+    else:
+        inner, settings = env._inner, FAMILIES[request.node.callspec.params["env"]][0]
+        bound = 2.0 if isinstance(settings, GymSettings) else 1.0
+        low, high = torch.tensor([-bound]), torch.tensor([bound])
+        step = inner.step
+        monkeypatch.setattr(inner, "step", lambda td: taken.append(td["action"]) or step(td))
+    for action, bound in ((-1.0, low), (1.0, high), (7.0, high)):
+        act(env, torch.full(env.action_spec.shape, action))
+        control = env.sim.ctrl if isinstance(env, MujocoEnv) else taken[-1]
+        assert (control == bound).all()
+
+
+@every_family
+def test_time_limit_truncates_and_next_is_the_true_last_observation(env: EnvBase) -> None:
+    sequence = actions(env, 3, scale=0.1)
+    env.set_seed(3)
+    root = env.reset()
+    env._elapsed[0] = env.max_episode_steps - 3
+    expected = [act(env, action) for action in sequence]  # never reset
+    env.set_seed(3)
+    root = env.reset()
+    env._elapsed[0] = env.max_episode_steps - 3
+    for step, action in enumerate(sequence):
+        outcome, root = env.step_and_maybe_reset(root.set("action", action))
+        assert_equal(outcome["next"], expected[step])
+        last = step == 2
+        assert outcome["next", "truncated"][0].item() is last
+        assert outcome["next", "done"][0].item() is last
+        assert not outcome["next", "terminated"].any()
+        same = (root["observation"] == outcome["next", "observation"]).all(-1)
+        assert same[0].item() is not last  # after the last step, the root is a new start
+        assert same[1:].all()
+        assert not root["done"].any()
+    assert env._elapsed[0] == 0
+
+
+@every_family
+def test_equal_seeds_give_equal_rollouts(env: EnvBase) -> None:
+    sequence = actions(env, 20)
+    first, again, other = (run(env, sequence, seed=seed) for seed in (1, 1, 2))
+    assert_equal(first, again)
+    assert (first["observation"] != other["observation"]).any()
+
+
+@every_family
+def test_environments_of_a_batch_differ(env: EnvBase) -> None:
+    observation = run(env, actions(env, 1), seed=1)["observation"][0]
+    assert len(observation.unique(dim=0)) == len(observation)
+
+
+@pytest.mark.parametrize("env", MANY, indirect=True)
+def test_masked_reset_leaves_the_others_alone(env: EnvBase) -> None:
+    sequence = actions(env, 12, scale=0.01)  # gently: an end would draw another start
+    untouched = run(env, sequence, seed=4)
+    masked = run(env, sequence, seed=4, reset_first_at=5)
+    assert_equal(untouched[:, 1:], masked[:, 1:])
+    assert (untouched["observation"][6, 0] != masked["observation"][6, 0]).any()
+
+
+@every_family
+def test_collector_gathers_episodes(env: EnvBase) -> None:
+    (n,) = env.batch_size
+    collector = Collector(
+        env, RandomPolicy(env.action_spec), frames_per_batch=n * 5, total_frames=n * 10
+    )
+    batches = [batch.clone() for batch in collector]
+    collector.shutdown(close_env=False)
+    assert [batch.shape for batch in batches] == [(n, 5), (n, 5)]
+    for batch in batches:
+        done = batch["next", "done"][:, :-1]
+        follows = batch["observation"][:, 1:] == batch["next", "observation"][:, :-1]
+        assert (follows.all(-1, keepdim=True) | done).all()
+        assert not batch["next", "diverged"].any()
+
+
+@pytest.mark.parametrize("name", ["HopperStand", "Ant-v5"])
+def test_threads_do_not_matter(name: str) -> None:
+    runs = []
+    for num_threads in (1, 3):
+        env = native(name, num_envs=7, num_threads=num_threads)
+        runs.append(run(env, actions(env, 25), seed=0))
+    assert_equal(*runs)
+
+
+@pytest.mark.parametrize("name", [*NATIVE, "Humanoid-v5", "Reacher-v5", "FingerTurnHard"])
+def test_simulation_continues_bit_for_bit(name: str) -> None:
+    env = native(name)
+    run(env, actions(env, 10), seed=0)
+    env._elapsed[1] = env.max_episode_steps - 5  # ends, and draws a start, after the state is kept
+    state = {key: value.clone() for key, value in env.state_dict_of_simulation().items()}
+    sequence = actions(env, 15)
+    expected = run(env, sequence)
+    other = native(name, seed=8)
+    run(other, sequence[:3], seed=8)
+    other.load_simulation(state)
+    torch.testing.assert_close(other.reset()["observation"], state["observation"], rtol=0, atol=0)
+    assert_equal(run(other, sequence), expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+@pytest.mark.parametrize("name", ["HopperStand", "HalfCheetah-v5", "Ant-v5", "Pusher-v5"])
+def test_divergence_is_contained(name: str, poison: float) -> None:
+    env, untouched = native(name), native(name)
+    sequence = actions(env, 12, scale=0.1)
+    before = run(env, sequence[:4], seed=0)[-1]
+    run(untouched, sequence[:4], seed=0)
+    env.sim.qvel[3, 0] = poison
+    outcome, expected = act(env, sequence[4]), act(untouched, sequence[4])
+    assert outcome["diverged"].view(-1).tolist() == [False, False, False, True]
+    assert outcome["truncated"][3]
+    assert outcome["done"][3]
+    assert not outcome["terminated"][3]
+    assert outcome["reward"][3] == 0
+    assert (outcome["observation"][3] == before["observation"][3]).all()
+    assert env.num_diverged == 1
+    assert_equal(outcome[:3], expected[:3])
+    root = env.reset(TensorDict({"_reset": outcome["done"]}, env.batch_size))
+    assert root["observation"].isfinite().all()
+    after, expected = run(env, sequence[5:]), run(untouched, sequence[5:])
+    assert after["observation"].isfinite().all()
+    assert not after["diverged"].any()
+    assert_equal(after[:, :3], expected[:, :3])
+
+
+def test_explosion_in_the_last_substep_is_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = native("HopperStand")
+    env.reset()
+
+    def explode(sim: object) -> None:  # MuJoCo would notice in the next step only
+        env.sim.qvel[2, 0] = 1e20
+
+    monkeypatch.setattr(env.task, "after_step", explode)
+    outcome = act(env, torch.zeros(env.action_spec.shape))
+    assert outcome["diverged"].view(-1).tolist() == [False, False, True, False]
+    assert outcome["observation"].abs().max() < 1e10
+
+
+def test_termination_is_not_truncation() -> None:
+    env = native("InvertedPendulum-v5")
+    env.reset()
+    outcome = run(env, torch.ones(40, *env.action_spec.shape))
+    ended = outcome["done"].any(-1).any(-1)
+    assert ended.any()
+    assert (outcome["terminated"] == outcome["done"]).all()
+    assert not outcome["truncated"].any()
+
+
+def test_staggered_episodes_end_apart() -> None:
+    env = envs.make(MujocoSettings(name="Reacher-v5"), num_envs=16, seed=0, stagger=True)
+    env.reset()
+    done = run(env, actions(env, env.max_episode_steps))["done"].squeeze(-1)
+    first_end = done.int().argmax(0)
+    assert done.any(0).all()
+    assert len(first_end.unique()) > 4
+    assert (done.sum(0) == 1).all()  # later episodes have full length
+
+
+def test_old_mujoco_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "mujoco.batch", None)
+    with pytest.raises(ConfigError, match=r"need mujoco >= 3\.17, found .*pip install 'mujoco>="):
+        native("HopperStand")

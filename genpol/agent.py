@@ -1,0 +1,83 @@
+"""The interfaces that the training loop calls and that every agent implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specs:
+    """What an agent must know of its environment: sizes, and nothing of the simulator.
+
+    Attributes:
+        observation_dim: Width of the observation.
+        action_dim: Width of the action.
+        num_envs: Environments that are stepped together.
+        max_episode_steps: Environment steps until an episode is cut.
+        action_repeat: Environment steps for which each action is held. Budgets and schedules in
+            settings count environment steps; a batch holds one row per action.
+    """
+
+    observation_dim: int
+    action_dim: int
+    num_envs: int
+    max_episode_steps: int
+    action_repeat: int = 1
+
+    @classmethod
+    def from_env(cls, env: EnvBase, *, num_envs: int) -> Specs:
+        """Read the sizes from one environment of which ``num_envs`` will be stepped."""
+        return cls(
+            observation_dim=env.observation_spec["observation"].shape[-1],
+            action_dim=env.action_spec.shape[-1],
+            num_envs=num_envs,
+            max_episode_steps=env.max_episode_steps,
+            action_repeat=env.action_repeat,
+        )
+
+
+class Agent(nn.Module, ABC):
+    """One algorithm: a policy that acts and an update that learns.
+
+    The loop hands every batch it draws from ``source`` to :meth:`update` and logs the metrics that
+    come back; it knows nothing else of the algorithm.
+
+    Attributes:
+        policy: Maps ``observation`` to ``action`` in ``[-1, 1]``. Collectors, evaluation and export
+            run this very object. It samples or takes the mode as torchrl's ``exploration_type``
+            says.
+        source: Where the next batch comes from.
+        frames_per_batch: Actions, over all environments, between two updates.
+        generator: The source of every random number the agent draws, on its own device.
+        gradient_steps: Optimiser steps taken so far.
+    """
+
+    policy: TensorDictModuleBase
+    source: Literal["rollout", "replay", "dataset"]
+    frames_per_batch: int
+    generator: torch.Generator
+    gradient_steps: int
+
+    @abstractmethod
+    def update(self, batch: TensorDict) -> dict[str, Tensor]:
+        """Learn from one batch ``[num_envs, time]`` and return scalar metrics by name."""
+
+    @abstractmethod
+    def training_state(self) -> dict[str, Any]:
+        """Return all that resuming needs beside the module's weights.
+
+        Optimisers, generators, counters, stage machines and buffers, as nested dictionaries of
+        tensors, numbers, strings, booleans and ``None``.
+        """
+
+    @abstractmethod
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`training_state` returned."""

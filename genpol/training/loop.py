@@ -1,0 +1,236 @@
+"""The training loop: collect, update, evaluate, checkpoint, log; the same for every agent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, ExplorationType
+
+from genpol.agent import Agent
+from genpol.errors import CheckpointError, NonFiniteError
+from genpol.training import checkpoint
+from genpol.training.display import TerminalReport
+from genpol.training.dump import write_dump
+from genpol.training.episodes import EpisodeTracker
+from genpol.training.evaluation import Evaluation, evaluate
+from genpol.training.run import Run
+from genpol.training.settings import TrainSettings
+from genpol.training.signals import SignalWatch
+
+
+class EnvFactory(Protocol):
+    """Makes batched environments of the task that is trained."""
+
+    def __call__(self, *, num_envs: int, seed: int, stagger: bool = False) -> EnvBase:
+        """Return an environment ``[num_envs]``."""
+        ...
+
+
+class Training:
+    """One run of the loop, from a start or from a checkpoint to its end.
+
+    Attributes:
+        env_steps: Environment steps so far, over all environments.
+        wall_clock_s: Seconds of training so far, over all resumptions.
+        interrupted: Name of the signal that stopped the run, if one did.
+
+    Args:
+        agent: What learns.
+        make_env: Makes the environments of training and evaluation.
+        settings: When to evaluate, save and stop.
+        run: Where everything is written.
+    """
+
+    def __init__(
+        self, agent: Agent, make_env: EnvFactory, settings: TrainSettings, run: Run
+    ) -> None:
+        self.agent = agent
+        self.settings = settings
+        self.run = run
+        self.env_steps = 0
+        self.interrupted: str | None = None
+        self._env = make_env(num_envs=settings.num_envs, seed=settings.seed, stagger=True)
+        self._evaluation_env = make_env(
+            num_envs=min(settings.evaluation.episodes, settings.num_envs),
+            seed=settings.evaluation.seed,
+        )
+        self._episodes = EpisodeTracker(settings.num_envs)
+        self._evaluated_at = self._saved_at = -1
+        self._started = time.monotonic()
+
+    @property
+    def wall_clock_s(self) -> float:
+        """Seconds of training so far."""
+        return time.monotonic() - self._started
+
+    def start(self) -> None:
+        """Train from where it stands until the last step, a signal, or a failure."""
+        settings = self.settings
+        report = TerminalReport(settings.total_steps, start_steps=self.env_steps)
+        with SignalWatch() as signals, report:
+            if self.env_steps == 0:
+                self._evaluate(report)
+            for batch in self._batches():
+                self._update(batch, report)
+                if self._due(settings.evaluation.interval_steps, self._evaluated_at):
+                    self._evaluate(report)
+                due = self._due(settings.checkpoint.interval_steps, self._saved_at)
+                if due or signals.checkpoint_requested():
+                    self.save()
+                if signals.stop_requested:
+                    self.interrupted = signals.stop_signal
+                    break
+            if self.interrupted is None and self._evaluated_at < self.env_steps:
+                self._evaluate(report)
+            if self._saved_at < self.env_steps:
+                self.save()
+
+    def _batches(self) -> Iterator[TensorDict]:
+        """Yield rollouts ``[num_envs, time]`` until the budget of steps is spent."""
+        if self.env_steps >= self.settings.total_steps:
+            return
+        collector = self._make_collector()
+        try:
+            for batch in collector:
+                yield batch
+                if self.env_steps >= self.settings.total_steps:
+                    return
+        finally:
+            collector.shutdown(close_env=False)
+
+    def _make_collector(self) -> Collector:
+        # The constructor tries the policy out, which draws noise; a resumed run must not.
+        generator = self.agent.generator.get_state()
+        with torch.random.fork_rng():
+            collector = Collector(
+                self._env,
+                self.agent.policy,
+                frames_per_batch=self.agent.frames_per_batch,
+                exploration_type=ExplorationType.RANDOM,
+                trust_policy=True,
+                track_traj_ids=False,
+                auto_register_policy_transforms=False,
+            )
+        self.agent.generator.set_state(generator)
+        return collector
+
+    def _update(self, batch: TensorDict, report: TerminalReport) -> None:
+        returns = self._episodes.update(batch)
+        try:
+            metrics = self.agent.update(batch)
+        except NonFiniteError as error:
+            folder = write_dump(
+                self.run.path / f"dump-{self.env_steps}",
+                {"batch": batch, "env_steps": self.env_steps},
+            )
+            raise NonFiniteError(f"{error}; the batch lies in {folder}") from None
+        self.env_steps += batch.numel() * self._env.action_repeat
+        if len(returns) > 0:
+            metrics["train/return"] = returns.mean()
+        metrics["train/episodes"] = torch.tensor(float(len(returns)))
+        metrics["train/diverged"] = batch["next", "diverged"].sum()
+        self.run.log_metrics(
+            self.env_steps, self.agent.gradient_steps, self.wall_clock_s, _numbers(metrics)
+        )
+        shown = {"train_return": float(returns.mean())} if len(returns) > 0 else {}
+        if "stage" in metrics:
+            shown["stage"] = float(metrics["stage"])
+        report.update(self.env_steps, **shown)
+
+    def _evaluate(self, report: TerminalReport) -> Evaluation:
+        settings = self.settings.evaluation
+        result = evaluate(
+            self.agent.policy, self._evaluation_env, episodes=settings.episodes, seed=settings.seed
+        )
+        summary = result.summary()
+        self.run.log_evaluation(
+            self.env_steps, self.agent.gradient_steps, self.wall_clock_s, summary
+        )
+        report.update(self.env_steps, eval_return=summary["return_mean"])
+        self._evaluated_at = self.env_steps
+        return result
+
+    def _due(self, interval: int, last: int) -> bool:
+        return self.env_steps // interval > max(last, 0) // interval
+
+    def save(self) -> Path:
+        """Write a checkpoint from which :meth:`resume` continues bit for bit."""
+        state = {
+            "weights": dict(self.agent.state_dict()),
+            "training": self.agent.training_state(),
+            "simulation": self._env.state_dict_of_simulation(),
+            "episodes": self._episodes.state(),
+            "torch_generator": torch.get_rng_state(),
+            "env_steps": self.env_steps,
+            "evaluated_at": self._evaluated_at,
+            "wall_clock_s": self.wall_clock_s,
+        }
+        path = checkpoint.save(
+            self.run.checkpoints,
+            checkpoint.step_name(self.env_steps),
+            state,
+            metadata={
+                "env_steps": self.env_steps,
+                "gradient_steps": self.agent.gradient_steps,
+                "env": self.run.record["env"],
+                "agent": self.run.record["agent"],
+            },
+            keep=self.settings.checkpoint.keep,
+        )
+        self._saved_at = self.env_steps
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Put everything where it stood at checkpoint ``path``.
+
+        Environments whose simulator cannot be restored start new episodes.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged or belongs to other settings.
+        """
+        state = checkpoint.load(path)
+        load_weights(self.agent, state["weights"], path)
+        self.agent.load_training_state(state["training"])
+        if state["simulation"] is not None:
+            self._env.load_simulation(state["simulation"])
+            self._episodes.load_state(state["episodes"])
+        torch.set_rng_state(state["torch_generator"])
+        self.env_steps = self._saved_at = state["env_steps"]
+        self._evaluated_at = state["evaluated_at"]
+        self._started = time.monotonic() - state["wall_clock_s"]
+        checkpoint.discard_after(path)
+        self.run.truncate_to(self.env_steps)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in (self._env, self._evaluation_env):
+            if not env.is_closed:
+                env.close()
+
+
+def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:
+    """Load the weights of checkpoint ``path`` into ``agent``.
+
+    Raises:
+        CheckpointError: If names or shapes do not fit; the message names the first that does not.
+    """
+    try:
+        agent.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        details = str(error).splitlines()
+        first = details[1].strip() if len(details) > 1 else details[0]
+        raise CheckpointError(
+            f"{path}: its weights do not fit the agent of these settings ({first}); use the "
+            "environment and agent settings it was trained with"
+        ) from None
+
+
+def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,441 @@
+"""The run folder: what one training was asked, where it ran, and what came of it.
+
+::
+
+    runs/<env>/<agent>/<YYYYmmdd-HHMMSS>-s<seed>/
+        config.yaml   the resolved configuration
+        run.json      status, command, versions, commit, machine, times
+        metrics.csv   one row per logged update       tensorboard/  the same, for TensorBoard
+        evals.csv     one row per evaluation
+        checkpoints/  see genpol.training.checkpoint  videos/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from omegaconf import OmegaConf
+
+import genpol
+from genpol.errors import GenpolError, require
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+PROGRESS_COLUMNS = ("env_steps", "gradient_steps", "wall_clock_s")
+EVALUATION_COLUMNS = (
+    *("episodes", "return_mean", "return_std", "return_min", "return_max"),
+    *("length_mean", "diverged"),
+)
+
+
+class Run:
+    """A run folder, open for logging.
+
+    Make a new one with :meth:`create` and come back to one with :meth:`open`.
+
+    Attributes:
+        path: The folder.
+        checkpoints: Where its checkpoints belong.
+        videos: Where its videos belong.
+        config: The resolved configuration.
+        record: The contents of ``run.json``.
+    """
+
+    def __init__(self, path: Path, *, tensorboard: bool, wandb_project: str | None) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.videos = path / "videos"
+        self.config: dict[str, Any] = _read_config(path / "config.yaml")
+        self.record: dict[str, Any] = _read_record(path / "run.json")
+        self._metrics = _Table(path / "metrics.csv", PROGRESS_COLUMNS)
+        self._evaluations = _Table(path / "evals.csv", PROGRESS_COLUMNS + EVALUATION_COLUMNS)
+        self._started = time.monotonic() - self.record["elapsed_s"]
+        self._sinks: list[_Sink] = []
+        if tensorboard:
+            self._sinks.append(_TensorBoard(path / "tensorboard"))
+        if wandb_project is not None:
+            self._sinks.append(_WandB(self, wandb_project))
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        env_name: str,
+        agent_name: str,
+        seed: int,
+        config: Mapping[str, Any],
+        command: list[str],
+        *,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+    ) -> Run:
+        """Make ``root/env/agent/<time>-s<seed>``; a number is appended if that is taken.
+
+        Args:
+            root: The folder of all runs; made if absent.
+            env_name: Name of the environment.
+            agent_name: Name of the algorithm.
+            seed: Seed of the run.
+            config: The resolved configuration.
+            command: The command line, as in ``sys.argv``.
+            tensorboard: Whether to log for TensorBoard too.
+            wandb_project: Log to this Weights & Biases project too.
+
+        Raises:
+            MissingExtraError: If ``wandb_project`` is given and wandb is not installed.
+            GenpolError: If the folder cannot be made.
+        """
+        if wandb_project is not None:
+            require("wandb", "wandb")  # before the folder exists, so that none is left empty
+        now = datetime.now().astimezone()
+        record = {
+            "status": "running",
+            "env": env_name,
+            "agent": agent_name,
+            "seed": seed,
+            "command": shlex.join(command),
+            "resumed": [],
+            "started": now.isoformat(timespec="seconds"),
+            "elapsed_s": 0.0,
+            "versions": _versions(),
+            "git": _git_state(Path(genpol.__file__)),
+            "machine": _machine(),
+        }
+        parent = root / _folder_name(env_name) / _folder_name(agent_name)
+        with _writing(parent):
+            path = _make_new(parent, f"{now:%Y%m%d-%H%M%S}-s{seed}")
+            OmegaConf.save(OmegaConf.create(dict(config)), path / "config.yaml")
+            _replace(path / "run.json", json.dumps(record, indent=1))
+        return cls(path, tensorboard=tensorboard, wandb_project=wandb_project)
+
+    @classmethod
+    def open(cls, path: Path, *, tensorboard: bool = True, wandb_project: str | None = None) -> Run:
+        """Open an existing run folder, to read it or to go on; by itself this changes nothing.
+
+        Raises:
+            GenpolError: If ``path`` is no run folder.
+        """
+        return cls(path, tensorboard=tensorboard, wandb_project=wandb_project)
+
+    def log_metrics(
+        self,
+        env_steps: int,
+        gradient_steps: int,
+        wall_clock_s: float,
+        metrics: Mapping[str, Any],
+    ) -> None:
+        """Append one row of scalar metrics to metrics.csv; new names become new columns.
+
+        Args:
+            env_steps: Environment steps so far, over all environments.
+            gradient_steps: Optimiser steps so far.
+            wall_clock_s: Seconds of training so far, over all resumptions.
+            metrics: Numbers, or tensors of one element, by name.
+        """
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._metrics.append(numbers | _progress(env_steps, gradient_steps, wall_clock_s))
+        for sink in self._sinks:
+            sink.log(env_steps, numbers)
+
+    def log_evaluation(
+        self,
+        env_steps: int,
+        gradient_steps: int,
+        wall_clock_s: float,
+        evaluation: Mapping[str, float],
+    ) -> None:
+        """Append one row to evals.csv.
+
+        Args:
+            env_steps: See :meth:`log_metrics`.
+            gradient_steps: See :meth:`log_metrics`.
+            wall_clock_s: See :meth:`log_metrics`.
+            evaluation: A number for each of :data:`EVALUATION_COLUMNS`; more become new columns.
+        """
+        missing = [name for name in EVALUATION_COLUMNS if name not in evaluation]
+        if missing:
+            raise ValueError(f"evaluation lacks {', '.join(missing)}")
+        progress = _progress(env_steps, gradient_steps, wall_clock_s)
+        self._evaluations.append(dict(evaluation) | progress)
+        for sink in self._sinks:
+            named = {f"evaluation/{name}": float(value) for name, value in evaluation.items()}
+            sink.log(env_steps, named)
+
+    def resume(self, command: list[str]) -> None:
+        """Mark the run as running again, and note when and by which command."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self.record["resumed"].append({"at": now, "command": shlex.join(command)})
+        self._set_status("running")
+
+    def truncate_to(self, env_steps: int, gradient_steps: int | None = None) -> None:
+        """Drop the rows of both tables that lie beyond a checkpoint, before resuming from it.
+
+        A row is beyond if it has more environment steps, or, where ``gradient_steps`` is given,
+        more of those: learning from a data set takes no environment steps. A last line that a
+        killed process left half written is dropped too.
+        """
+        self._metrics.truncate(env_steps, gradient_steps)
+        self._evaluations.truncate(env_steps, gradient_steps)
+        for sink in self._sinks:
+            sink.forget_after(env_steps)
+
+    def finish(self, status: Literal["finished", "interrupted", "failed"]) -> None:
+        """Record how the run ended and how long it took, and close what is open."""
+        for sink in self._sinks:
+            sink.close()
+        self._set_status(status)
+
+    def _set_status(self, status: Status) -> None:
+        self.record["status"] = status
+        self.record["elapsed_s"] = round(time.monotonic() - self._started, 3)
+        with _writing(self.path):
+            _replace(self.path / "run.json", json.dumps(self.record, indent=1))
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+class _Table:
+    """A CSV file that grows by rows, and now and then by columns."""
+
+    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+        self._path = path
+        self._columns = list(columns)
+        self._ready = False
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and hand it to the operating system; columns it lacks stay empty."""
+        if not self._ready:
+            self._rewrite(self._read())
+            self._ready = True
+        new = [name for name in row if name not in self._columns]
+        if new:
+            rows = self._read()
+            self._columns += new
+            self._rewrite(rows)
+        with _writing(self._path), self._path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+
+    def truncate(self, env_steps: int, gradient_steps: int | None) -> None:
+        """Keep the rows up to the given counts."""
+        if not self._path.exists():
+            return
+        kept = [
+            row
+            for row in self._read()
+            if int(row["env_steps"]) <= env_steps
+            and (gradient_steps is None or int(row["gradient_steps"]) <= gradient_steps)
+        ]
+        self._rewrite(kept)
+
+    def _read(self) -> list[dict[str, str]]:
+        """Return all whole rows, and take over the columns of the file.
+
+        A killed process can leave half a line, a power cut a stretch of zeros.
+        """
+        if not self._path.exists():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(whole))
+        self._columns += [name for name in reader.fieldnames or [] if name not in self._columns]
+        rows = [row for row in reader if None not in row.values()]
+        return [row for row in rows if row["env_steps"].isdigit()]
+
+    def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with _writing(self._path):
+            _replace(self._path, text.getvalue())
+
+
+def _progress(env_steps: int, gradient_steps: int, wall_clock_s: float) -> dict[str, Any]:
+    values = (int(env_steps), int(gradient_steps), round(float(wall_clock_s), 3))
+    return dict(zip(PROGRESS_COLUMNS, values, strict=True))
+
+
+# --- other places to log to --------------------------------------------------------------------
+
+
+class _Sink(Protocol):
+    def log(self, env_steps: int, numbers: Mapping[str, float]) -> None: ...
+    def forget_after(self, env_steps: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    """TensorBoard's event files; neither imported nor made before the first number comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        self._purge_step: int | None = None
+
+    def log(self, env_steps: int, numbers: Mapping[str, float]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._folder, purge_step=self._purge_step)
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, env_steps)
+
+    def forget_after(self, env_steps: int) -> None:
+        self._purge_step = env_steps + 1  # TensorBoard hides this step and all later ones
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _WandB:
+    """Weights & Biases; one run there per run folder, over all resumptions."""
+
+    def __init__(self, run: Run, project: str) -> None:
+        wandb = require("wandb", "wandb")
+        name = "-".join(run.path.parts[-3:])
+        self._run = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=run.path, config=run.config
+        )
+        # An axis of our own: wandb's own step only grows, and a resumed run goes back.
+        self._run.define_metric("*", step_metric="env_steps")
+
+    def log(self, env_steps: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({**numbers, "env_steps": env_steps})
+
+    def forget_after(self, env_steps: int) -> None:
+        """Leave what is online: rows logged again at the same step show on top of it."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# --- files and facts ---------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise GenpolError(_not_a_run(path, error.strerror)) from error
+    if not isinstance(content, dict):
+        raise GenpolError(_not_a_run(path, "not a mapping"))
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GenpolError(_not_a_run(path, error.strerror)) from error
+    except ValueError as error:
+        raise GenpolError(_not_a_run(path, "not valid JSON")) from error
+    return record
+
+
+def _not_a_run(path: Path, reason: str | None) -> str:
+    return f"{path}: cannot be read ({reason}); give a run folder, such as runs/ENV/AGENT/TIME-s0"
+
+
+def _folder_name(name: str) -> str:
+    """Return ``name`` without what a file system or a shell would take amiss."""
+    return re.sub(r"[^\w.+=-]+", "-", name).strip(".-") or "unnamed"
+
+
+def _make_new(parent: Path, name: str) -> Path:
+    """Make a folder that was not there, with -2, -3, ... appended to its name if need be."""
+    parent.mkdir(parents=True, exist_ok=True)
+    attempt = 1
+    while True:
+        path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            attempt += 1
+        else:
+            return path
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in one line what could not be written and how to mend it."""
+    try:
+        yield
+    except OSError as error:
+        raise GenpolError(
+            f"{path}: cannot be written ({error.strerror}); free some disk space, make the folder "
+            "writable, or run in another one"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new, never a part."""
+    staged = path.with_name(f".tmp-{path.name}")
+    staged.write_text(text, encoding="utf-8", newline="")
+    staged.replace(path)
+
+
+def _versions() -> dict[str, str | None]:
+    """Return the versions of what decides a result; ``None`` for what is not installed."""
+    versions: dict[str, str | None] = {"genpol": genpol.__version__}
+    for package in ("torch", "torchrl", "tensordict", "mujoco"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Return commit and dirty flag of the checkout that tracks ``file``, or ``None``.
+
+    A copy installed somewhere inside another project's checkout is not tracked by it.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _machine() -> dict[str, Any]:
+    affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; Linux only
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_model() -> str:
+    """Return the processor's marketing name, which only Linux keeps in a file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()

@@ -1,0 +1,119 @@
+"""Settings of one training run: everything that belongs neither to the agent nor to the env."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from genpol.errors import ConfigError
+from genpol.settings import at_least, positive
+
+MISSING: Any = (
+    "???"  # OmegaConf's mark for a mandatory value, written out to keep it off this floor
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Which files of the configuration groups were composed; filled in, never set by hand."""
+
+    agent: str = ""
+    """Name of the algorithm, as in `genpol list agents`."""
+    env: str = ""
+    """Name of the environment's configuration, as in `genpol list envs`."""
+    recipe: str = ""
+    """Specialisation of the agent to the environment; empty where there is none."""
+    experiment: str = ""
+    """Experiment that the run belongs to; empty where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """When and how the policy is evaluated."""
+
+    interval_steps: int = 1_000_000
+    """Environment steps between two evaluations; the last one is always after the last step."""
+    episodes: int = 100
+    """Complete episodes per evaluation."""
+    seed: int = 10_000
+    """Seed of the evaluation episodes: the same starts every time, never those of training."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        positive("evaluation.interval_steps", self.interval_steps)
+        at_least("evaluation.episodes", self.episodes, 1)
+        at_least("evaluation.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When the run is saved."""
+
+    interval_steps: int = 1_000_000
+    """Environment steps between two checkpoints; the end of the run always writes one."""
+    keep: int = 3
+    """How many of the latest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        positive("checkpoint.interval_steps", self.interval_steps)
+        at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One training run.
+
+    Raises:
+        ConfigError: If a value is out of bounds; the message names the field.
+    """
+
+    seed: int = 0
+    """Seed of the networks, the environments and the exploration."""
+    total_steps: int = 10_000_000
+    """Environment steps to train for, over all environments together."""
+    device: str = "cpu"
+    """Where the networks live: cpu, cuda, cuda:1 or mps."""
+    num_threads: int = 0
+    """Threads for torch; 0 takes all cores."""
+    num_envs: int = 1024
+    """Environments stepped at once."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Fixed-episode evaluation."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """Saving."""
+    output: str = "runs"
+    """Folder under which the run folder <env>/<agent>/<time>-s<seed> is made."""
+    resume: str | None = None
+    """Run folder or checkpoint to continue exactly where it stopped."""
+    init: str | None = None
+    """Checkpoint whose policy the run starts from; everything else starts afresh."""
+    video: bool = True
+    """Record a video of the final policy."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: bool = False
+    """Log to Weights & Biases as well."""
+    nonfinite_patience: int = 10
+    """Updates in a row with a non-finite loss, each skipped, after which the run stops."""
+    choices: Choices = field(default_factory=Choices)
+    """Names of the configurations that were composed."""
+    env: Any = MISSING
+    """The environment's own settings."""
+    agent: Any = MISSING
+    """The algorithm's own settings."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        at_least("seed", self.seed, 0)
+        positive("total_steps", self.total_steps)
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device = {self.device!r}: must be cpu, cuda, cuda:<index> or mps.")
+        at_least("num_threads", self.num_threads, 0)
+        at_least("num_envs", self.num_envs, 1)
+        if not self.output:
+            raise ConfigError("output = '': must be a folder.")
+        if self.resume is not None and self.init is not None:
+            raise ConfigError("resume and init exclude each other: resume continues, init begins.")
+        at_least("nonfinite_patience", self.nonfinite_patience, 1)

@@ -1,0 +1,148 @@
+"""N steps straight equal N/2, a stop and N/2 more, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from genpol import agents
+from genpol.agent import Specs
+from genpol.errors import CheckpointError, NonFiniteError
+from genpol.training import checkpoint
+from genpol.training.loop import Training
+from genpol.training.run import Run
+from genpol.training.settings import CheckpointSettings, EvaluationSettings, TrainSettings
+
+SMALL = {
+    "rollout_steps": 7,
+    "epochs": 2,
+    "minibatches": 2,
+    "actor_hidden": [16],
+    "critic_hidden": [16],
+}
+STAGES = {
+    "stage_steps": [300],
+    "refinement_steps": 300,
+    "decoder_hidden": [16],
+    "fit_steps": 10,
+    "fit_batch_size": 64,
+}
+
+
+def start(folder, make_env, total_steps, *, agent="ppo", run=None, seed=0, **extra):
+    settings = TrainSettings(
+        seed=seed,
+        num_envs=16,
+        total_steps=total_steps,
+        evaluation=EvaluationSettings(interval_steps=500, episodes=8),
+        checkpoint=CheckpointSettings(interval_steps=10**9, keep=3),
+        tensorboard=False,
+        env=None,
+        agent=None,
+    )
+    options = agents.settings_class(agent)(**(SMALL | (STAGES if agent == "gorl" else {}) | extra))
+    specs = Specs.from_env(make_env(num_envs=1), num_envs=16)
+    made = agents.make(agent, options, specs, seed=seed)
+    if run is None:
+        run = Run.create(folder, "toy", agent, seed, {}, ["test"], tensorboard=False)
+    return Training(made, make_env, settings, run)
+
+
+def weights_of(training):
+    return {name: x.clone() for name, x in training.agent.state_dict().items()}
+
+
+# 112 steps per update; GoRL's stages change after 3 updates, data come for 3 more.
+@pytest.mark.parametrize(
+    ("agent", "half"), [("ppo", 448), ("gorl", 224), ("gorl", 448), ("gorl", 896)]
+)
+def test_resume_is_exact(tmp_path, point_mass, agent, half):
+    straight = start(tmp_path / "a", point_mass, 1344, agent=agent)
+    straight.start()
+    first = start(tmp_path / "b", point_mass, half, agent=agent)
+    first.start()
+    torch.manual_seed(12345)  # another process would have another global generator
+    second = start(tmp_path / "b", point_mass, 1344, agent=agent, run=Run.open(first.run.path))
+    second.resume(checkpoint.latest(first.run.checkpoints))
+    second.start()
+    a, b = weights_of(straight), weights_of(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert second.env_steps == straight.env_steps == 1344
+
+    def rows(training, name):
+        lines = (training.run.path / name).read_text().splitlines()
+        clock = lines[0].split(",").index("wall_clock_s")
+        return [[x for i, x in enumerate(line.split(",")) if i != clock] for line in lines]
+
+    assert rows(straight, "metrics.csv") == rows(second, "metrics.csv")
+    # The first half ended with an evaluation that the straight run has not.
+    assert all(row in rows(second, "evals.csv") for row in rows(straight, "evals.csv"))
+
+
+def test_another_seed_gives_other_weights(tmp_path, point_mass):
+    runs = [start(tmp_path, point_mass, 224, seed=seed) for seed in (0, 1)]
+    for run in runs:
+        run.start()
+    a, b = (weights_of(run) for run in runs)
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_checkpoint_and_stop(tmp_path, point_mass, number):
+    training = start(tmp_path, point_mass, 10**7)
+    update = training.agent.update
+
+    def interrupted(batch):
+        os.kill(os.getpid(), number)
+        return update(batch)
+
+    training.agent.update = interrupted
+    training.start()
+    assert training.interrupted == signal.Signals(number).name
+    saved = checkpoint.load(checkpoint.latest(training.run.checkpoints))
+    assert saved["env_steps"] == training.env_steps == 112
+
+
+def test_sigusr1_checkpoints_and_goes_on(tmp_path, point_mass):
+    training = start(tmp_path, point_mass, 336)
+    update, calls = training.agent.update, []
+
+    def signalled(batch):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        calls.append(None)
+        return update(batch)
+
+    training.agent.update = signalled
+    training.start()
+    names = sorted(path.name for path in training.run.checkpoints.iterdir())
+    assert names == [checkpoint.step_name(112), checkpoint.step_name(336)]
+
+
+def test_nonfinite_losses_stop_the_run_with_a_dump_and_no_checkpoint(tmp_path, point_mass):
+    training = start(tmp_path, point_mass, 10**6, nonfinite_patience=3)
+    critic = training.agent.policy.encoder.critic
+    with torch.no_grad():
+        next(iter(critic.parameters()))[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="in a row"):
+        training.start()
+    assert (
+        not training.run.checkpoints.exists() or checkpoint.latest(training.run.checkpoints) is None
+    )
+    assert [path.name for path in training.run.path.glob("dump-*")] == ["dump-0"]
+
+
+def test_a_checkpoint_of_other_networks_is_refused_and_nothing_is_lost(tmp_path, point_mass):
+    first = start(tmp_path, point_mass, 112)
+    first.start()
+    saved = checkpoint.latest(first.run.checkpoints)
+    metrics = (first.run.path / "metrics.csv").read_text()
+    wider = start(tmp_path, point_mass, 224, run=Run.open(first.run.path), actor_hidden=[32])
+    with pytest.raises(CheckpointError, match="do not fit the agent"):
+        wider.resume(saved)
+    assert checkpoint.load(saved)["env_steps"] == 112
+    assert (first.run.path / "metrics.csv").read_text() == metrics

@@ -1,0 +1,196 @@
+"""GoRL's stage machine, refinement and restarts (GoRL specification, section 9)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from genpol import agents
+from genpol.agent import Specs
+from genpol.agents.gorl import Settings, _rows, fit_decoder
+from genpol.agents.ppo import Settings as PPOSettings
+from genpol.errors import ConfigError
+from genpol.policies.flow import FlowPolicy
+from genpol.policies.latent import GaussianDecoder, IdentityDecoder
+from genpol.training.evaluation import evaluate
+
+SPECS = Specs(observation_dim=1, action_dim=1, num_envs=32, max_episode_steps=1)
+SMALL = {
+    "rollout_steps": 8,
+    "epochs": 2,
+    "minibatches": 2,
+    "actor_hidden": [16],
+    "critic_hidden": [16],
+    "decoder_hidden": [32, 32],
+    "fit_batch_size": 256,
+    "fit_steps": 20,
+}
+
+
+def make(seed=0, specs=SPECS, **settings):
+    return agents.make("gorl", Settings(**(SMALL | settings)), specs, seed=seed)
+
+
+def collect(agent, env, steps):
+    """Return a rollout ``[num_envs, steps]`` of the agent's stochastic policy."""
+    with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+        return env.rollout(steps, agent.policy, break_when_any_done=False)
+
+
+def train(agent, env, updates):
+    stages = []
+    for _ in range(updates):
+        metrics = agent.update(collect(agent, env, agent.settings.rollout_steps))
+        stages.append(int(metrics["stage"]))
+    return stages
+
+
+def test_identity_decoder_is_gaussian_ppo_bit_for_bit(point_mass):
+    shared = {name: SMALL[name] for name in SMALL if not name.startswith(("decoder", "fit"))}
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=16, max_episode_steps=10)
+    ppo = agents.make("ppo", PPOSettings(**shared), specs, seed=3)
+    gorl = make(seed=3, specs=specs, decoder="identity", max_refinements=0)
+    for agent in (ppo, gorl):
+        env = point_mass(num_envs=16, seed=5)
+        for _ in range(3):
+            agent.update(collect(agent, env, 8))
+    pairs = zip(ppo.policy.encoder.parameters(), gorl.policy.encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_stages_follow_the_budget(bandit):
+    # 256 actions per update, each held for 2 environment steps: 512 steps.
+    specs = Specs(
+        observation_dim=1, action_dim=1, num_envs=32, max_episode_steps=2, action_repeat=2
+    )
+    agent = make(specs=specs, stage_steps=[1024, 512], refinement_steps=1024, max_refinements=2)
+    stages = train(agent, bandit(torch.zeros_like, num_envs=32), 9)
+    # Two updates, two batches of data, one update, two batches, and then the last stage for good.
+    assert stages == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert agent.gradient_steps == (2 + 1 + 2) * 4 + 2 * 20
+
+
+def test_decoder_is_frozen_during_a_stage(bandit):
+    agent = make(stage_steps=[256], refinement_steps=256, max_refinements=1)
+    env = bandit(torch.zeros_like, num_envs=32)
+    train(agent, env, 2)
+    assert isinstance(agent.policy.decoder, FlowPolicy)
+    before = copy.deepcopy(agent.policy.decoder.state_dict())
+    train(agent, env, 3)
+    after = agent.policy.decoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in agent.policy.decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("restart", "gaussian", "critic_kept"),
+    [
+        ("gaussian", True, False),
+        ("gaussian_warm_value", True, True),
+        ("fresh", False, False),
+        ("warm_start", False, True),
+    ],
+)
+def test_restarts(bandit, restart, gaussian, critic_kept):
+    agent = make(stage_steps=[256], refinement_steps=256, restart=restart)
+    env = bandit(lambda x: x, num_envs=32)
+    train(agent, env, 1)
+    critic = copy.deepcopy(agent.policy.encoder.critic.state_dict())
+    train(agent, env, 1)
+    mean, scale = agent.policy.encoder(torch.randn(50, 1))
+    exactly = bool((mean.abs() < 1e-5).all() and ((scale - 1).abs() < 1e-5).all())
+    assert exactly == gaussian
+    now = agent.policy.encoder.critic.state_dict()
+    assert all(torch.equal(critic[name], now[name]) for name in critic) == critic_kept
+
+
+def dataset(actions, latents=None):
+    """Return refinement data ``[envs, time]`` with constant observations."""
+    data = {"observation": torch.zeros(*actions.shape[:2], 1), "decoded": actions}
+    data["latent"] = torch.randn_like(actions) if latents is None else latents
+    return TensorDict(data, actions.shape[:2])
+
+
+def fit(decoder, data, **settings):
+    generator = torch.Generator().manual_seed(0)
+    fit_decoder(decoder, data, Settings(**(SMALL | settings)), generator)
+    return decoder
+
+
+def test_flow_fitted_to_two_atoms_keeps_both_modes():
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.randint(0, 2, (40, 100, 1), generator=generator) * 2.0 - 1.0
+    decoder = FlowPolicy(1, 1, [64, 64], generator=generator)
+    fit(decoder, dataset(actions), fit_steps=1500, fit_batch_size=512, fit_learning_rate=3e-3)
+    noise = torch.randn(20_000, 1, generator=generator)
+    sample = decoder.sample(torch.zeros(20_000, 1), noise).detach()
+    assert (sample > 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (sample.abs() - 1).abs().median() < 0.1
+    assert (sample.abs() < 0.5).float().mean() < 0.1
+
+
+def test_gaussian_decoder_fitted_to_two_atoms_is_unimodal_between_them():
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.randint(0, 2, (40, 100, 1), generator=generator) * 2.0 - 1.0
+    decoder = GaussianDecoder(1, 1, [32], generator=generator)
+    fit(decoder, dataset(actions), fit_steps=1000, fit_batch_size=512)
+    mean, scale = decoder(torch.zeros(1, 1))
+    assert mean.item() == pytest.approx(0.0, abs=0.1)
+    assert scale.item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_fit_does_not_depend_on_the_latents_unless_coupled():
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.randn(20, 10, 1, generator=generator)
+    results = {}
+    for coupled in (False, True):
+        weights = []
+        for seed in (1, 2):
+            latents = torch.randn(20, 10, 1, generator=torch.Generator().manual_seed(seed))
+            decoder = FlowPolicy(1, 1, [8], generator=torch.Generator().manual_seed(0))
+            fit(decoder, dataset(actions, latents), coupled=coupled)
+            weights.append(decoder.state_dict())
+        results[coupled] = all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert results == {False: True, True: False}
+
+
+def test_targets_are_clipped_before_the_squash():
+    data = dataset(torch.tensor([[[50.0], [-4.0], [0.5]]]))
+    assert _rows(data, Settings(target_clip=3.0))["decoded"].flatten().tolist() == [3.0, -3.0, 0.5]
+    assert _rows(data, Settings(target_clip=0.0))["decoded"].flatten().tolist() == [50, -4, 0.5]
+
+
+def test_settings_refuse_an_unknown_decoder_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"agent\.decoder = 'flwo'.*'flow'"):
+        Settings(decoder="flwo")
+    with pytest.raises(ConfigError, match=r"agent\.stage_steps = \[\]"):
+        Settings(stage_steps=[])
+
+
+@pytest.mark.parametrize("decoder", ["flow", "diffusion", "gaussian", "identity"])
+def test_weights_of_any_stage_load_into_a_new_agent(bandit, decoder):
+    agent = make(stage_steps=[256], refinement_steps=256, decoder=decoder)
+    env = bandit(lambda x: x, num_envs=32)
+    train(agent, env, 3)
+    other = make(seed=9, stage_steps=[256], refinement_steps=256, decoder=decoder)
+    other.load_state_dict(agent.state_dict())
+    other.load_training_state(agent.training_state())
+    assert isinstance(other.policy.decoder, IdentityDecoder) == (decoder == "identity")
+    for each in (agent, other):
+        each.update(collect(each, bandit(lambda x: x, num_envs=32, seed=4), 8))
+    pairs = zip(agent.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_evaluation_acts_by_the_latent_mean(bandit):
+    agent = make(stage_steps=[256], refinement_steps=256)
+    env = bandit(lambda x: x, num_envs=8)
+    train(agent, bandit(lambda x: x, num_envs=32), 2)
+    first = evaluate(agent.policy, env, episodes=8, seed=0).returns
+    second = evaluate(agent.policy, env, episodes=8, seed=0).returns
+    assert torch.equal(first, second)
+    assert first.std() < 1e-6  # same observation, same action

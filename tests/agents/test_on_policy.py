@@ -1,0 +1,190 @@
+"""PPO on latents: ratios, gradients and equilibria (GoRL specification, section 9)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from genpol import agents
+from genpol.agent import Specs
+from genpol.agents.gorl import Settings as GoRLSettings
+from genpol.agents.ppo import Settings as PPOSettings
+from genpol.on_policy import DecodedPolicy, Encoder, PPOLearner
+from genpol.policies.latent import IdentityDecoder
+
+SPECS = Specs(observation_dim=3, action_dim=2, num_envs=8, max_episode_steps=10)
+
+
+def make_policy(settings=None, *, init="fresh", decoder=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    encoder = Encoder(3, 2, settings or PPOSettings(), generator=generator, init=init)
+    return DecodedPolicy(encoder, decoder or IdentityDecoder(), generator=generator), generator
+
+
+def rollout(policy, *, envs=8, steps=6, seed=1, reward=None, diverged=None):
+    """Return a batch ``[envs, steps]`` of made-up transitions with the policy's own latents."""
+    draw = torch.Generator().manual_seed(seed)
+    observation = torch.randn(envs, steps + 1, 3, generator=draw)
+    batch = TensorDict({"observation": observation[:, :-1]}, [envs, steps])
+    with set_exploration_type(ExplorationType.RANDOM):
+        policy(batch)
+    if reward is None:
+        reward = torch.randn(envs, steps, 1, generator=draw)
+    flag = torch.zeros(envs, steps, 1, dtype=torch.bool)
+    batch["next"] = TensorDict(
+        {
+            "observation": observation[:, 1:],
+            "reward": reward,
+            "done": flag,
+            "terminated": flag,
+            "truncated": flag,
+            "diverged": flag if diverged is None else diverged,
+        },
+        [envs, steps],
+    )
+    return batch
+
+
+def test_first_ratio_is_one_even_after_statistics_changed():
+    # One minibatch of one pass sees the weights that acted; clipping and divergence must be nil.
+    policy, generator = make_policy()
+    settings = PPOSettings(epochs=1, minibatches=1)
+    learner = PPOLearner(policy.encoder, settings, generator=generator)
+    learner.update(rollout(policy))
+    metrics = learner.update(rollout(policy, seed=2))
+    assert metrics["policy/approx_kl"].abs() < 1e-6
+    assert metrics["policy/clip_fraction"] == 0
+    assert (metrics["policy/ratio_max"] - 1).abs() < 1e-5
+
+
+def test_ratio_leaves_one_after_a_step():
+    policy, generator = make_policy()
+    settings = PPOSettings(epochs=4, minibatches=2, learning_rate=1e-2)
+    metrics = PPOLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
+    assert metrics["policy/approx_kl"] > 1e-5
+
+
+def test_log_prob_does_not_depend_on_the_decoder():
+    class Affine(nn.Module):
+        def sample(self, observation, noise):
+            return 3.0 * noise - 1.0
+
+    plain, _ = make_policy()
+    mapped, _ = make_policy(decoder=Affine())
+    observation = TensorDict({"observation": torch.randn(5, 3)}, [5])
+    with set_exploration_type(ExplorationType.RANDOM):
+        a, b = plain(observation.clone()), mapped(observation.clone())
+    assert torch.equal(a["latent"], b["latent"])
+    assert torch.equal(a["latent_log_prob"], b["latent_log_prob"])
+    assert torch.allclose(b["action"], torch.tanh(3.0 * a["latent"] - 1.0))
+
+
+def test_deterministic_action_is_the_decoded_mean():
+    policy, _ = make_policy()
+    observation = TensorDict({"observation": torch.randn(5, 3)}, [5])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        out = policy(observation)
+    mean, _ = policy.encoder(out["observation"])
+    assert torch.equal(out["action"], torch.tanh(mean))
+
+
+def test_no_gradient_reaches_the_decoder():
+    decoder = agents.make("gorl", GoRLSettings(), SPECS, seed=0)._make_decoder()
+    policy, generator = make_policy(decoder=decoder)
+    before = copy.deepcopy(decoder.state_dict())
+    PPOLearner(policy.encoder, PPOSettings(), generator=generator).update(rollout(policy))
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+    after = decoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_score_function_gradient_matches_the_closed_form():
+    # r = -(w z - 1)^2 with a frozen linear decoder: dJ/dmu = -2 w (w mu - 1).
+    w, mu, sigma = 0.7, 0.3, 0.5
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400_000, generator=generator, dtype=torch.float64)
+    z = mu + sigma * noise
+    advantage = -((w * z - 1) ** 2) + (w * mu - 1) ** 2
+    estimate = (advantage * noise / sigma).mean()
+    mean = torch.tensor(mu, dtype=torch.float64, requires_grad=True)
+    from genpol.objectives.ppo import clipped_surrogate
+    from genpol.policies.gaussian import log_prob
+
+    scale = torch.full((len(z), 1), sigma, dtype=torch.float64)
+    new = log_prob(mean.expand(len(z), 1), scale, z[:, None])
+    loss, _ = clipped_surrogate(new - new.detach(), advantage, 0.2)
+    loss.backward()
+    expected = -2 * w * (w * mu - 1)
+    assert -mean.grad.item() == pytest.approx(estimate.item(), rel=1e-9)
+    assert -mean.grad.item() == pytest.approx(expected, abs=0.01)
+
+
+def test_ridge_and_entropy_settle_at_the_predicted_scale():
+    # sigma^2 = c_H d_z / (2 lambda_z): 4.47 for d_z = 4, c_H = 0.01, lambda_z = 1e-3.
+    generator = torch.Generator().manual_seed(0)
+    settings = PPOSettings(
+        entropy_coefficient=0.01,
+        prior_coefficient=1e-3,
+        epochs=1,
+        minibatches=1,
+        learning_rate=0.02,
+        target_kl=0.0,
+        actor_hidden=[8],
+    )
+    encoder = Encoder(3, 4, settings, generator=generator, init="gaussian")
+    policy = DecodedPolicy(encoder, IdentityDecoder(), generator=generator)
+    learner = PPOLearner(encoder, settings, generator=generator)
+    from genpol.on_policy import _Rollout
+
+    observation = torch.randn(64, 3, generator=generator)
+    for _ in range(1500):
+        mean, scale = encoder(observation)
+        rows = TensorDict({"observation": observation}, [64])
+        policy(rows)
+        zero = torch.zeros(64)
+        learner._step(
+            _Rollout(observation, rows["latent"], rows["latent_log_prob"], zero, zero)
+        )
+    assert scale.mean().item() == pytest.approx(4.472, abs=0.05)
+    assert mean.abs().max() < 0.05
+
+
+def test_diverged_transitions_teach_nothing():
+    # Whatever reward stands in a diverged row, the update is the same.
+    diverged = torch.zeros(8, 6, 1, dtype=torch.bool)
+    diverged[2, 5] = True
+    results = []
+    for value in (0.0, 1e6):
+        policy, generator = make_policy()
+        learner = PPOLearner(
+            policy.encoder, PPOSettings(epochs=2, minibatches=2, gae_lambda=0.0), generator=generator
+        )
+        reward = torch.ones(8, 6, 1)
+        reward[2, 5] = value
+        learner.update(rollout(policy, reward=reward, diverged=diverged))
+        results.append(policy.encoder.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("advantage", ["gae", "brax"])
+@pytest.mark.parametrize("prior", ["ridge", "kl", "none"])
+def test_every_option_gives_finite_updates(advantage, prior):
+    settings = PPOSettings(
+        advantage=advantage, prior=prior, entropy_coefficient=0.01, squashed_entropy=True
+    )
+    policy, generator = make_policy(settings)
+    metrics = PPOLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for value in metrics.values())
+
+
+def test_step_size_follows_the_divergence():
+    policy, generator = make_policy()
+    settings = PPOSettings(target_kl=0.5, epochs=1, minibatches=1)
+    learner = PPOLearner(policy.encoder, settings, generator=generator)
+    metrics = learner.update(rollout(policy))  # one step from ratio one: far below the target
+    assert metrics["policy/learning_rate"] == pytest.approx(1.5e-3)

@@ -1,0 +1,1 @@
+"""Models we wrote, small policies, recorded results."""

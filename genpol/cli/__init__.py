@@ -1,0 +1,1 @@
+"""The `genpol` command: one module per subcommand."""

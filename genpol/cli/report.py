@@ -1,0 +1,180 @@
+"""`genpol report`: what the recorded results say, as a table and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genpol.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUMMARY = "summarise recorded results and draw them"
+USAGE = """
+usage: genpol report NAME [--metric return] [--at STEPS|last] [--figure PATH]
+
+Prints, for each agent and environment of assets/results/NAME.csv, the interquartile mean over seeds
+of the last evaluation with its 95 % bootstrap interval, and draws the learning curves.
+
+  NAME             an experiment whose results are recorded, or the path of a CSV file
+  --metric M       return (default), success, ...
+  --at STEPS       the last evaluation at or under so many environment steps: 20e6, 20_000_000
+  --budget MIN     the last evaluation at or under so many minutes of training
+  --versus AGENT   also print how likely a run of each agent beats one of this agent
+  --figure PATH    where the picture goes (beside the CSV; NAME.png)
+  --results DIR    where the CSV is (assets/results)
+
+examples:
+  genpol report gorl-hopperstand --budget 20
+  genpol report gorl-controls --at 20e6 --versus ppo
+  genpol report bench-HopperStand
+"""
+
+_FEW_SEEDS = 5
+_RATE = "env_steps_per_s/"
+
+
+def run(arguments: list[str]) -> int:
+    """Print the table and write the figure.
+
+    Raises:
+        ConfigError: If there are no such results, or no such metric or agent in them.
+        DatasetError: If the file of results is damaged, or has no evaluation within the limits.
+    """
+    options = _parser().parse_args(arguments)
+    from genpol.report import results
+
+    path = Path(options.name)
+    if path.suffix != ".csv":
+        path = results.find(options.name, options.results)
+    frame = results.read(path)
+    figure = options.figure or path.with_suffix(".png")
+    if frame["metric"].str.startswith(_RATE).any():
+        _report_bench(frame, path, figure)
+    else:
+        _report_experiment(frame, path, figure, options)
+    sys.stdout.write(f"figure: {figure}\n")
+    return 0
+
+
+def _report_experiment(
+    frame: pd.DataFrame, path: Path, figure: Path, options: argparse.Namespace
+) -> None:
+    from genpol.report import figures, results, statistics
+
+    budget_s = None if options.budget is None else 60.0 * options.budget
+    limits = {"metric": options.metric, "at": options.at, "budget_s": budget_s}
+    table = statistics.summarise(frame, **limits)
+    _print(f"{path.stem}: {options.metric}", *_cells(table))
+    if (table["seeds"] < _FEW_SEEDS).any():
+        _note("intervals over fewer than 5 seeds are too narrow to be taken at their word")
+    picked = statistics.scores(frame, **limits)
+    unfinished = picked["command"].str.endswith(results.UNFINISHED).sum()
+    if unfinished:
+        _note(f"{unfinished} of {len(picked)} runs had not finished")
+    if options.versus is not None:
+        for agent in table["agent"].unique():
+            if agent != options.versus:
+                chance = statistics.probability_of_improvement(
+                    frame, str(agent), options.versus, **limits
+                )
+                _note(f"P({agent} > {options.versus}) = {_interval(*chance, '.2f')}")
+    figures.experiment_curves(frame, figure, metric=options.metric)
+
+
+def _report_bench(frame: pd.DataFrame, path: Path, figure: Path) -> None:
+    from genpol.report import figures
+
+    # Every measurement bears its own command; a table of several would compare unlike machines.
+    frame = frame[frame["command"] == frame["command"].iloc[-1]]
+    rates = frame[frame["metric"].str.startswith(_RATE)]
+    rows = []
+    for metric, values in rates.groupby("metric", sort=False)["value"]:
+        name = str(metric).removeprefix(_RATE)
+        rows.append(
+            [name, f"{values.median():,.0f}", f"{values.min():,.0f}", f"{values.max():,.0f}"]
+        )
+    _print(
+        f"{path.stem}: environment steps per second", ["contender", "median", "min", "max"], rows
+    )
+    for _, row in frame[~frame["metric"].str.startswith(_RATE)].iterrows():
+        _note(f"{row['metric']}: {row['value']:.3g}")
+    figures.bench_bars(frame, figure)
+
+
+def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the cells of the printed table."""
+    header = ["agent", "env", "seeds", "env steps", "IQM", "95 % interval", "mean ± std", "minutes"]
+    rows = [
+        [
+            row["agent"],
+            row["env"],
+            f"{row['seeds']}",
+            f"{row['env_steps']:,}",
+            f"{row['iqm']:.4g}",
+            _bounds(row["low"], row["high"], ".4g"),
+            f"{row['mean']:.4g}" + (f" ± {row['std']:.3g}" if row["seeds"] > 1 else ""),
+            f"{row['wall_clock_s'] / 60:.1f}",
+        ]
+        for row in table.to_dict("records")
+    ]
+    return header, rows
+
+
+def _bounds(low: float, high: float, style: str) -> str:
+    return f"[{low:{style}}, {high:{style}}]" if low == low else "n/a"  # NaN differs from itself
+
+
+def _interval(value: float, low: float, high: float, style: str) -> str:
+    return f"{value:{style}} {_bounds(low, high, style)}"
+
+
+def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    numeric = {"seeds", "env steps", "IQM", "minutes", "median", "min", "max"}
+    for name in header:
+        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _note(title)
+    # In a pipe rich assumes 80 columns and would cut the table.
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+def _note(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise what the command line prints in one line."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="genpol report", add_help=False)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--metric", default="return")
+    parser.add_argument("--at", type=_steps)
+    parser.add_argument("--budget", type=float)
+    parser.add_argument("--versus", metavar="AGENT")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--results", type=Path)
+    return parser
+
+
+def _steps(text: str) -> int | None:
+    if text == "last":
+        return None
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, nor 'last'") from None

@@ -1,0 +1,172 @@
+"""`genpol train`: train a policy, or go on with a run that stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genpol.errors import ConfigError, GenpolError
+
+if TYPE_CHECKING:
+    from genpol.agent import Agent
+    from genpol.training.loop import EnvFactory, Training
+    from genpol.training.run import Run
+    from genpol.training.settings import TrainSettings
+
+SUMMARY = "train a policy, or resume a run"
+USAGE = """
+usage: genpol train env=<name> [agent=<name>] [key=value ...]
+       genpol train resume=<run folder> [total_steps=<more>]
+
+Trains an agent (gorl by default) and leaves a run folder
+runs/<env>/<agent>/<time>-s<seed>/ with config.yaml, metrics.csv, evals.csv, checkpoints,
+TensorBoard events, learning_curve.png and videos/final.mp4.
+
+examples:
+  genpol train env=HopperStand
+  genpol train env=WalkerWalk agent=ppo seed=1 total_steps=5e6
+  genpol train env=gym env.id=Pendulum-v1 num_envs=4 agent=ppo
+  genpol train resume=runs/HopperStand/gorl/20261122-101500-s0
+
+Ctrl-C and SIGTERM write a checkpoint and exit; SIGUSR1 writes one and goes on.
+`genpol list agents|envs|recipes` shows what there is.
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Train as the overrides say; return 0, or 130 or 143 if a signal stopped the run."""
+    from genpol.cli import configuration
+
+    resume = _value_of("resume", arguments)
+    if resume is None:
+        config = configuration.compose(arguments)
+        settings = configuration.to_settings(config)
+        return _train(settings, config, arguments)
+    return _resume(Path(resume), [text for text in arguments if not text.startswith("resume=")])
+
+
+def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> int:
+    from omegaconf import OmegaConf
+
+    from genpol import envs
+    from genpol.training.run import Run
+
+    agent, make_env = build(settings)
+    run = Run.create(
+        Path(settings.output),
+        envs.label(settings.env),
+        settings.choices.agent,
+        settings.seed,
+        OmegaConf.to_container(config, resolve=True),
+        ["genpol", "train", *arguments],
+        tensorboard=settings.tensorboard,
+        wandb_project="genpol" if settings.wandb else None,
+    )
+    return _go(agent, make_env, settings, run, checkpoint=None)
+
+
+def _resume(path: Path, overrides: list[str]) -> int:
+    from genpol.cli import configuration
+    from genpol.training import checkpoint
+    from genpol.training.run import Run
+
+    found = checkpoint.resolve(path)
+    folder = found.parent.parent
+    settings = configuration.to_settings(configuration.load(folder / "config.yaml", overrides))
+    agent, make_env = build(settings)
+    run = Run.open(
+        folder,
+        tensorboard=settings.tensorboard,
+        wandb_project="genpol" if settings.wandb else None,
+    )
+    run.resume(["genpol", "train", f"resume={path}", *overrides])
+    return _go(agent, make_env, settings, run, checkpoint=found)
+
+
+def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
+    """Return the agent and the environment factory that ``settings`` describe."""
+    import torch
+
+    from genpol import agents, envs
+    from genpol.agent import Specs
+
+    if settings.num_threads > 0:
+        torch.set_num_threads(settings.num_threads)
+    make_env: EnvFactory = partial(envs.make, settings.env, device=settings.device)
+    probe = make_env(num_envs=1, seed=settings.seed)
+    specs = Specs.from_env(probe, num_envs=settings.num_envs)
+    probe.close()
+    agent = agents.make(
+        settings.choices.agent, settings.agent, specs, device=settings.device, seed=settings.seed
+    )
+    return agent, make_env
+
+
+def _go(
+    agent: Agent, make_env: EnvFactory, settings: TrainSettings, run: Run, checkpoint: Path | None
+) -> int:
+    from genpol.training.loop import Training
+
+    sys.stdout.write(f"run folder: {run.path}\n")
+    status = "failed"
+    try:
+        training = Training(agent, make_env, settings, run)
+        if checkpoint is not None:
+            training.resume(checkpoint)
+        training.start()
+        training.close()
+        status = "interrupted" if training.interrupted else "finished"
+    finally:
+        run.finish(status)  # type: ignore[arg-type]
+    if training.interrupted:
+        sys.stdout.write(
+            f"stopped by {training.interrupted}; go on with: genpol train resume={run.path}\n"
+        )
+        return 130 if training.interrupted == "SIGINT" else 143
+    _finish(training, make_env, settings, run)
+    return 0
+
+
+def _finish(training: Training, make_env: EnvFactory, settings: TrainSettings, run: Run) -> None:
+    """Draw the learning curve, record the final policy and say how it went."""
+    import pandas as pd
+
+    from genpol.report.figures import learning_curve
+
+    evaluations = pd.read_csv(run.path / "evals.csv")
+    learning_curve(evaluations, run.path / "learning_curve.png")
+    if settings.video:
+        record_video(training.agent, make_env, run.videos / "final.mp4", settings.evaluation.seed)
+    last = evaluations.iloc[-1]
+    sys.stdout.write(
+        f"return {last.return_mean:.1f} over {int(last.episodes)} episodes after "
+        f"{training.env_steps:,} steps in {training.wall_clock_s / 60:.1f} minutes\n"
+        f"evaluate with: genpol eval {run.path}\n"
+    )
+
+
+def record_video(agent: Agent, make_env: EnvFactory, path: Path, seed: int) -> None:
+    """Write one episode as MP4; where nothing can be drawn, say so and go on."""
+    from genpol.training.evaluation import record
+    from genpol.training.video import write_mp4
+
+    env = make_env(num_envs=1, seed=seed)
+    try:
+        frame_rate = 1.0 / env.control_period_s
+        skip = max(1, round(frame_rate / 30))
+        frames = record(agent.policy, env, seed=seed, frame_period=skip)
+        write_mp4(path, frames, frame_rate / skip)
+    except GenpolError as error:
+        sys.stderr.write(f"no video: {error}\n")
+    finally:
+        env.close()
+
+
+def _value_of(key: str, arguments: Sequence[str]) -> str | None:
+    values = [text.partition("=")[2] for text in arguments if text.startswith(f"{key}=")]
+    if len(values) > 1:
+        raise ConfigError(f"{key} is given {len(values)} times; keep one")
+    return values[0] if values and values[0] not in ("", "null", "none") else None

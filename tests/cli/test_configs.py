@@ -1,0 +1,71 @@
+"""Every YAML that is shipped composes with the real settings of agents and environments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import genpol.agents as agents
+import genpol.envs as envs
+from genpol.cli.configuration import compose, to_settings
+from genpol.cli.list import config_folder, describe, names
+
+# Environments that need more than their name.
+ARGUMENTS = {
+    "gym": ["env.id=Pendulum-v1"],
+    "dm_control": ["env.domain=cartpole", "env.task=swingup"],
+}
+
+
+def _uses_train(experiment: str) -> bool:
+    text = (config_folder() / "experiment" / f"{experiment}.yaml").read_text()
+    return text.startswith("# @package _global_")
+
+
+@pytest.mark.parametrize("env", names("env"))
+def test_environment_composes(env: str) -> None:
+    settings = to_settings(compose([f"env={env}", *ARGUMENTS.get(env, [])]))
+    assert settings.choices.env == env
+    assert env in ARGUMENTS or settings.env.name == env
+
+
+@pytest.mark.parametrize("agent", names("agent"))
+def test_agent_composes(agent: str) -> None:
+    settings = to_settings(compose(["env=HopperStand", f"agent={agent}"]))
+    assert settings.choices.agent == agent
+    assert isinstance(settings.agent, agents.settings_class(agent))
+
+
+@pytest.mark.parametrize("recipe", names("recipe"))
+def test_recipe_composes(recipe: str) -> None:
+    agent, _, env = recipe.partition("_")
+    extra = ARGUMENTS.get(env, [])
+    settings = to_settings(compose([f"agent={agent}", f"env={env}", *extra]))
+    assert settings.choices.recipe == recipe
+
+
+@pytest.mark.parametrize("experiment", [name for name in names("experiment") if _uses_train(name)])
+def test_experiment_composes(experiment: str) -> None:
+    assert to_settings(compose([f"experiment={experiment}"])).choices.experiment == experiment
+
+
+def test_every_native_task_has_a_file() -> None:
+    assert set(envs.names()) <= set(names("env"))
+
+
+def test_every_agent_has_a_file() -> None:
+    assert set(agents.names()) == set(names("agent"))
+
+
+@pytest.mark.parametrize("group", ["agent", "env", "recipe", "experiment"])
+def test_every_file_says_what_it_is(group: str) -> None:
+    assert not [name for name in names(group) if not describe(group, name)]
+
+
+def test_configurations_are_values_only() -> None:
+    # `_target_` would let a configuration file run any code.
+    found = [
+        file for file in Path(config_folder()).rglob("*.yaml") if "_target_" in file.read_text()
+    ]
+    assert not found

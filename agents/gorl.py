@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from genpol import settings as check
 from genpol.agent import Agent, Specs
@@ -39,6 +39,8 @@ from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder, IdentityDecoder
 from genpol.policies.schedules import gorl_linear_schedule
+
+GenerativeDecoder = FlowPolicy | DiffusionPolicy | GaussianDecoder
 
 _RESTARTS = ("gaussian", "gaussian_warm_value", "fresh", "warm_start")
 
@@ -183,7 +185,7 @@ class GoRL(Agent):
         )
         return encoder.to(self.device)
 
-    def _make_decoder(self) -> nn.Module:
+    def _make_decoder(self) -> GenerativeDecoder:
         specs, settings = self.specs, self.settings
         sizes = (specs.observation_dim, specs.action_dim, settings.decoder_hidden)
         if settings.decoder == "flow":
@@ -231,7 +233,7 @@ class GoRL(Agent):
 
 
 def fit_decoder(
-    decoder: nn.Module, data: TensorDict, settings: Settings, generator: torch.Generator
+    decoder: GenerativeDecoder, data: TensorDict, settings: Settings, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Regress ``decoder`` onto the actions in ``data`` and keep its best validation weights.
 

@@ -1,7 +1,8 @@
 """Simulators: native batched MuJoCo tasks, and any gymnasium or dm_control environment.
 
-Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]`` with actions in
-``[-1, 1]`` and the keys that the README lists. Importing this package imports no simulator.
+Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]``: actions in
+``[-1, 1]``, one ``observation`` vector, ``terminated`` apart from ``truncated``, and ``diverged``
+where the physics failed. Importing this package imports no simulator.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -145,7 +146,7 @@ class TorchrlEnv(EnvBase):
         # threads from the learner.
         inner = ParallelEnv(
             num_envs,
-            self._family.create,
+            partial(_create_in_worker, self._family.create),
             daemon=True,
             mp_start_method=_start_method(),
             num_threads=torch.get_num_threads(),
@@ -305,6 +306,13 @@ class TorchrlEnv(EnvBase):
         super().close(raise_if_closed=raise_if_closed)
 
 
+def _create_in_worker(create: Callable[[], EnvBase]) -> EnvBase:
+    """Make an environment where Ctrl-C, which reaches every process, is the main one's to heed."""
+    if multiprocessing.parent_process() is not None:  # torchrl calls this in the main process too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return create()
+
+
 def _start_method() -> str:
     """Return how workers start: never forked from this process, whose threads they would miss.
 
@@ -319,9 +327,9 @@ def _start_method() -> str:
 def _how_it_ended(code: int | None) -> str:
     if code is None:
         return "does not answer"
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL; is memory short?"
     if code < 0:
-        with suppress(ValueError):
-            return f"was killed by {signal.Signals(-code).name}; is memory short?"
         return f"was killed by signal {-code}"
     return f"raised an error (exit code {code}); its traceback stands above"
 

@@ -133,7 +133,9 @@ class Encoder(nn.Module):
             max_scale=settings.max_scale,
             generator=generator,
         )
-        self.actor.normalizer = RunningNormalizer(observation_dim, merge=settings.normalizer)
+        self.actor.normalizer = RunningNormalizer(
+            observation_dim, merge="exact" if settings.normalizer == "exact" else "released"
+        )
         if init == "gaussian":
             self.actor.reset_to_prior()
         self.critic = MLP(observation_dim, 1, settings.critic_hidden, generator=generator)
@@ -166,7 +168,9 @@ class DecodedPolicy(TensorDictModuleBase):
         generator: Source of the exploration noise.
     """
 
-    def __init__(self, encoder: Encoder, decoder: nn.Module, *, generator: torch.Generator) -> None:
+    decoder: Decoder
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, *, generator: torch.Generator) -> None:
         super().__init__()
         self.in_keys = ["observation"]
         self.out_keys = ["latent", "latent_log_prob", "decoded", "action"]

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from genpol.errors import ConfigError, nearest
 
@@ -141,7 +141,8 @@ def _make_agent(settings: TrainSettings, env: EnvBase) -> Agent:
 def _environment(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
     from genpol.report import benchmark
 
-    return benchmark.stepping(_make_env(settings, cleanup))
+    env = _make_env(settings, cleanup)
+    return benchmark.stepping(env, _action_repeat(env))
 
 
 def _native(settings: TrainSettings, cleanup: ExitStack, num_envs: int | None = None) -> Any:
@@ -198,7 +199,7 @@ def _hand_loop(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
             for column in columns:
                 step, data = env.step_and_maybe_reset(policy(data))
                 column.update_(step)
-        return storage.numel()
+        return storage.numel() * _action_repeat(env)
 
     return _burnt_in(chunk)
 
@@ -207,7 +208,7 @@ def _collector(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
     env = _make_env(settings, cleanup)
     frames = _ROLLOUT_STEPS * settings.num_envs
     batches = _batches(env, _make_agent(settings, env), frames, cleanup)
-    return _burnt_in(lambda: int(next(batches).numel()))
+    return _burnt_in(lambda: int(next(batches).numel()) * _action_repeat(env))
 
 
 def _learning(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
@@ -218,10 +219,15 @@ def _learning(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
     def chunk() -> int:
         batch = next(batches)
         agent.update(batch)
-        return int(batch.numel())
+        return int(batch.numel()) * _action_repeat(env)
 
     chunk()
     return chunk
+
+
+def _action_repeat(env: EnvBase) -> int:
+    """Return the control steps that one step of the environment makes."""
+    return int(cast(Any, env).action_repeat)
 
 
 def _batches(env: EnvBase, agent: Agent, frames: int, cleanup: ExitStack) -> Any:

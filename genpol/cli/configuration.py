@@ -31,9 +31,9 @@ from genpol.cli.list import GROUPS, config_folder, names
 from genpol.errors import ConfigError, nearest
 from genpol.training.settings import Choices, TrainSettings
 
-_NOUNS = {"agent": "agent", "env": "environment", "recipe": "recipe", "experiment": "experiment"}
+_NOUNS = {"agent": "agent", "env": "environment", "recipe": "recipe"}
 _LISTS = {group: plural for plural, group in GROUPS.items()}
-_OPTIONAL_GROUPS = ("recipe", "experiment")
+_OPTIONAL_GROUPS = ("recipe",)
 _NONE = ("none", "null", "None", "")
 _EXPECTED = {
     BooleanNode: "true or false",
@@ -156,6 +156,8 @@ def _parse(text: str) -> Override:
             f"cannot read {text!r}: {_one_line(reason)}; write key=value, and a value with special"
             " signs in two kinds of quotes: 'key=\"a=(b)\"'"
         ) from None
+    if override.key_or_group == "experiment":
+        raise ConfigError(f"{text!r}: experiments are run by `genpol reproduce <name>`")
     if override.is_sweep_override():
         raise ConfigError(
             f"{text!r} asks for several runs; give one value, or a list in brackets: [1,2]"
@@ -163,7 +165,7 @@ def _parse(text: str) -> Override:
     if override.package is not None:
         raise ConfigError(f"{text!r}: packages (@) are not supported; write key=value")
     if override.is_delete() and override.key_or_group not in _OPTIONAL_GROUPS:
-        raise ConfigError(f"{text!r}: only ~recipe and ~experiment can be left out")
+        raise ConfigError(f"{text!r}: only ~recipe can be left out")
     return override
 
 
@@ -222,8 +224,6 @@ def _compose_groups(chosen: Mapping[str, str]) -> DictConfig:
     overrides = [
         f"~{group}" if name in _NONE else f"{group}={name}" for group, name in chosen.items()
     ]
-    # `experiment` has no default to leave out.
-    overrides = [text for text in overrides if text != "~experiment"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder()), job_name="genpol", version_base="1.3"):

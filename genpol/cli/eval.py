@@ -30,7 +30,9 @@ def run(arguments: list[str]) -> int:
     """Evaluate one checkpoint and print the outcome."""
     if not arguments or "=" in arguments[0]:
         raise ConfigError("no run given; write: genpol eval <run folder>")
-    path, options, overrides = Path(arguments[0]), dict(_OWN), []
+    path = Path(arguments[0])
+    options: dict[str, Any] = dict(_OWN)
+    overrides: list[str] = []
     for text in arguments[1:]:
         key, separator, value = text.partition("=")
         if separator and key in _OWN:
@@ -51,7 +53,7 @@ def run(arguments: list[str]) -> int:
     settings = configuration.to_settings(configuration.load(folder / "config.yaml", overrides))
     agent, make_env = build(settings)
     load_weights(agent, checkpoint.load(found)["weights"], found)
-    episodes, seed = int(options["episodes"]), int(options["seed"])
+    episodes, seed = options["episodes"], options["seed"]
     env = make_env(num_envs=min(episodes, settings.num_envs), seed=seed)
     agent.generator.manual_seed(seed)
     result = evaluate(
@@ -75,8 +77,8 @@ def run(arguments: list[str]) -> int:
             summary[f"return_var_{share:.2f}"] = float(worst[-1])
             summary[f"return_cvar_{share:.2f}"] = float(worst.mean())
     if options["video"]:
-        record_video(agent, make_env, Path(str(options["video"])), seed)
-    _print(summary, as_json=bool(options["json"]))
+        record_video(agent, make_env, Path(options["video"]), seed)
+    _print(summary, as_json=options["json"])
     return 0
 
 

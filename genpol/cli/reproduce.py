@@ -97,7 +97,7 @@ def train_command(overrides: Sequence[str], output: Path) -> list[str]:
 
 def resume_command(run_folder: Path) -> list[str]:
     """Return the command that continues the run in ``run_folder``."""
-    return [*_train(), f"resume={_quoted(run_folder)}"]
+    return [*_train(), f"resume={run_folder}"]
 
 
 def _train() -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from genpol.errors import ConfigError, GenpolError
 
@@ -51,16 +51,16 @@ def run(arguments: list[str]) -> int:
 def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
-    from genpol import envs
+    from genpol.envs import label
     from genpol.training.run import Run
 
     agent, make_env = build(settings)
     run = Run.create(
         Path(settings.output),
-        envs.label(settings.env),
+        label(settings.env),
         settings.choices.agent,
         settings.seed,
-        OmegaConf.to_container(config, resolve=True),
+        cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)),
         ["genpol", "train", *arguments],
         tensorboard=settings.tensorboard,
         wandb_project="genpol" if settings.wandb else None,
@@ -90,16 +90,17 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
     """Return the agent and the environment factory that ``settings`` describe."""
     import torch
 
-    from genpol import agents, envs
     from genpol.agent import Specs
+    from genpol.agents import make as make_agent
+    from genpol.envs import make
 
     if settings.num_threads > 0:
         torch.set_num_threads(settings.num_threads)
-    make_env: EnvFactory = partial(envs.make, settings.env, device=settings.device)
+    make_env: EnvFactory = partial(make, settings.env, device=settings.device)
     probe = make_env(num_envs=1, seed=settings.seed)
     specs = Specs.from_env(probe, num_envs=settings.num_envs)
     probe.close()
-    agent = agents.make(
+    agent = make_agent(
         settings.choices.agent, settings.agent, specs, device=settings.device, seed=settings.seed
     )
     return agent, make_env

@@ -345,15 +345,15 @@ def _make_torchrl(task: Reference) -> Any:
     return GymEnv(task.id) if task.id else DMControlEnv(task.domain, task.task)
 
 
-def stepping(env: Any) -> Chunk:
+def stepping(env: Any, action_repeat: int = 1) -> Chunk:
     """Return the work of one batched step of a torchrl environment, under random actions.
 
     Episodes that end are reset within the step. Actions are drawn in advance: drawing them is no
-    work of the environment.
+    work of the environment. A step counts as ``action_repeat`` environment steps.
     """
     actions = [env.full_action_spec.rand()["action"] for _ in range(16)]
     data, index = env.reset(), 0
-    steps = env.batch_size.numel()
+    steps = env.batch_size.numel() * action_repeat
 
     def chunk() -> int:
         nonlocal data, index

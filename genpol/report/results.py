@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -258,7 +259,8 @@ def _write(path: Path, rows: Iterable[ResultRow]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows(astuple(row) for row in rows)
-    staged = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Once replaced, the file is another writer's to stage: no name may serve twice.
+    staged = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         with staged.open("w", newline="", encoding="utf-8") as stream:
             stream.write(text.getvalue())

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -279,7 +278,8 @@ def _bootstrap(
     seed: int,
 ) -> np.ndarray:
     """Return the percentile interval ``[2, ...]`` of ``statistic`` by rliable's bootstrap."""
-    library = _rliable()
+    from rliable import library  # costs more than a second
+
     with _seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         _, intervals = library.get_interval_estimates(
@@ -300,20 +300,3 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
-
-
-def _rliable() -> Any:
-    """Import rliable, which costs more than a second, and under pandas 3 needs help.
-
-    rliable 1.2 requires arch < 8, whose ``arch.univariate`` (imported by the package, and of no use
-    to the bootstrap) calls a private decorator of pandas by its signature of before 3.0.
-    """
-    decorators: Any = pd.util._decorators  # type: ignore[attr-defined]
-    original = decorators.deprecate_kwarg
-    if int(pd.__version__.split(".")[0]) >= 3:
-        decorators.deprecate_kwarg = lambda *names: original(FutureWarning, *names)
-    try:
-        from rliable import library
-    finally:
-        decorators.deprecate_kwarg = original
-    return library

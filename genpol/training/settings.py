@@ -24,8 +24,6 @@ class Choices:
     """Name of the environment's configuration, as in `genpol list envs`."""
     recipe: str = ""
     """Specialisation of the agent to the environment; empty where there is none."""
-    experiment: str = ""
-    """Experiment that the run belongs to; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

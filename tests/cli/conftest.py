@@ -55,14 +55,9 @@ YAML = {
     "env/CheetahRun.yaml": "# Run.\ndefaults: [mujoco_schema]\nname: CheetahRun\n",
     "env/gym.yaml": "defaults: [gym_schema]\n",
     "recipe/gorl_HopperStand.yaml": "# @package _global_\n# Tuned.\nagent: {epochs: 7}\nseed: 3\n",
-    "experiment/ppo-cheetah.yaml": (
-        "# @package _global_\ndefaults:\n  - override /agent: ppo\n  - override /env: CheetahRun\n"
-        "total_steps: 99\n"
-    ),
-    "experiment/misspelt.yaml": "# @package _global_\nagent: {epoch: 7}\n",
-    "experiment/ill-typed.yaml": "# @package _global_\nagent: {epochs: many}\n",
-    "experiment/lost.yaml": "# @package _global_\ndefaults:\n  - override /env: CheetaRun\n",
-    "experiment/broken.yaml": "# @package _global_\nagent: {epochs: 7\n",
+    "recipe/misspelt.yaml": "# @package _global_\nagent: {epoch: 7}\n",
+    "recipe/ill-typed.yaml": "# @package _global_\nagent: {epochs: many}\n",
+    "recipe/broken.yaml": "# @package _global_\nagent: {epochs: 7\n",
 }
 
 

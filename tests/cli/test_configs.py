@@ -18,11 +18,6 @@ ARGUMENTS = {
 }
 
 
-def _uses_train(experiment: str) -> bool:
-    text = (config_folder() / "experiment" / f"{experiment}.yaml").read_text()
-    return text.startswith("# @package _global_")
-
-
 @pytest.mark.parametrize("env", names("env"))
 def test_environment_composes(env: str) -> None:
     settings = to_settings(compose([f"env={env}", *ARGUMENTS.get(env, [])]))
@@ -43,11 +38,6 @@ def test_recipe_composes(recipe: str) -> None:
     extra = ARGUMENTS.get(env, [])
     settings = to_settings(compose([f"agent={agent}", f"env={env}", *extra]))
     assert settings.choices.recipe == recipe
-
-
-@pytest.mark.parametrize("experiment", [name for name in names("experiment") if _uses_train(name)])
-def test_experiment_composes(experiment: str) -> None:
-    assert to_settings(compose([f"experiment={experiment}"])).choices.experiment == experiment
 
 
 def test_every_native_task_has_a_file() -> None:

@@ -67,20 +67,6 @@ def test_overrides_win_over_the_recipe() -> None:
 
 
 @pytest.mark.usefixtures("stub_configs")
-def test_experiment_chooses_agent_and_environment() -> None:
-    result = settings("experiment=ppo-cheetah")
-    chosen = (result.choices.agent, result.choices.env, result.choices.experiment)
-    assert chosen == ("ppo", "CheetahRun", "ppo-cheetah")
-    assert (result.env.name, result.total_steps) == ("CheetahRun", 99)
-
-
-@pytest.mark.usefixtures("stub_configs")
-def test_command_line_wins_over_the_experiment() -> None:
-    result = settings("experiment=ppo-cheetah", STAND, "total_steps=5")
-    assert (result.env.name, result.total_steps) == ("HopperStand", 5)
-
-
-@pytest.mark.usefixtures("stub_configs")
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_plus_signs_of_hydra_are_accepted(prefix: str) -> None:
     assert settings(STAND, f"{prefix}seed=8", f"{prefix}recipe=none").seed == 8
@@ -148,7 +134,7 @@ def test_composing_leaves_no_trace(
         ([STAND, "agent=pppo"], "unknown agent 'pppo'. Did you mean 'ppo'? `genpol list agents`"),
         ([STAND, "agent=null"], "agent is empty"),
         ([STAND, "recipe=gorl_Hoper"], "unknown recipe 'gorl_Hoper'. Did you mean 'gorl_Hopper"),
-        (["experiment=ppo"], "unknown experiment 'ppo'. Did you mean 'ppo-cheetah'?"),
+        ([STAND, "experiment=x"], "experiments are run by `genpol reproduce <name>`"),
         (["agent=ppo"], "no environment given: add env=<name>"),
         ([], "no environment given: add env=<name>"),
         (["env=gym"], "env.id is not set: add env.id=<value>"),
@@ -240,7 +226,7 @@ def test_resume_and_init_exclude_each_other(refused: Refused) -> None:
         ("seed=1,2", "asks for several runs"),
         ("seed=range(1,3)", "asks for several runs"),
         ("env@other=CheetahRun", "packages (@) are not supported"),
-        ("~seed", "only ~recipe and ~experiment can be left out"),
+        ("~seed", "only ~recipe can be left out"),
     ],
 )
 def test_syntax(refused: Refused, override: str, message: str) -> None:
@@ -256,17 +242,15 @@ def test_group_given_twice(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "message"),
+    ("recipe", "message"),
     [
-        ("misspelt", "experiment/misspelt.yaml: unknown setting 'agent.epoch'"),
-        ("ill-typed", "experiment/ill-typed.yaml: agent.epochs: Value 'many'"),
-        ("lost", "unknown environment 'CheetaRun'. Did you mean 'CheetahRun'?"),
-        ("broken", 'experiment/broken.yaml", line 2'),
+        ("misspelt", "recipe/misspelt.yaml: unknown setting 'agent.epoch'"),
+        ("ill-typed", "recipe/ill-typed.yaml: agent.epochs: Value 'many'"),
+        ("broken", 'recipe/broken.yaml", line 2'),
     ],
 )
-def test_wrong_files(refused: Refused, experiment: str, message: str) -> None:
-    overrides = [] if experiment == "lost" else [STAND]
-    assert message in refused(*overrides, f"experiment={experiment}")
+def test_wrong_files(refused: Refused, recipe: str, message: str) -> None:
+    assert message in refused(STAND, f"recipe={recipe}")
 
 
 # --- what is restored ------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str
 def test_the_real_commands_name_their_folders() -> None:
     train = reproduce.train_command(["env=HopperStand"], Path("runs/a=b"))
     assert train[1:] == ["-m", "genpol.cli.main", "train", "env=HopperStand", 'output="runs/a=b"']
-    assert reproduce.resume_command(Path("runs/x"))[-1] == 'resume="runs/x"'
+    assert reproduce.resume_command(Path("runs/x"))[-1] == "resume=runs/x"
 
 
 @pytest.mark.parametrize("name", list(experiment.names()))

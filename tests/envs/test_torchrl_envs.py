@@ -211,6 +211,8 @@ def test_a_killed_worker_is_named_soon_and_none_stays_behind() -> None:
     env.reset()
     assert torch.get_num_threads() == threads
     workers = [worker.pid for worker in env._workers]
+    os.kill(workers[0], signal.SIGINT)  # Ctrl-C is the main process' to heed
+    act(env, 0.0)
     os.kill(workers[1], signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(EnvironmentFault, match=r"worker 1 .*Pendulum-v1 was killed by SIGKILL"):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from genpol import agents
 from genpol.agent import Specs
+from genpol.agents.gorl import Settings, fit_decoder
+from genpol.policies.flow import FlowPolicy
+from genpol.policies.latent import GaussianDecoder
 from genpol.training.evaluation import evaluate
 
 ON_POLICY = {
@@ -65,11 +69,6 @@ def test_point_mass_is_driven_to_its_goal(point_mass, name, extra):
 
 def test_flow_decoder_absorbs_a_behaviour_with_two_modes(bandit):
     # Half of the latent's mass on either optimum: refinement must keep both, a Gaussian cannot.
-    from genpol.agents.gorl import Settings, fit_decoder
-    from genpol.policies.flow import FlowPolicy
-    from genpol.policies.latent import GaussianDecoder
-    from tensordict import TensorDict
-
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (50, 40, 1), generator=generator) * 2.0 - 1.0
     actions = torch.atanh(torch.tensor(0.8)) * signs

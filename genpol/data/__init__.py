@@ -1,0 +1,1 @@
+"""Replay, readers and action chunks."""

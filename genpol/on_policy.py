@@ -138,7 +138,10 @@ class Encoder(nn.Module):
         )
         if init == "gaussian":
             self.actor.reset_to_prior()
-        self.critic = MLP(observation_dim, 1, settings.critic_hidden, generator=generator)
+        # A random critic would drown sparse rewards in its own error for a million steps.
+        self.critic = MLP(
+            observation_dim, 1, settings.critic_hidden, output_gain=0.0, generator=generator
+        )
 
     @property
     def normalizer(self) -> RunningNormalizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import select
@@ -26,6 +27,7 @@ COMMANDS = {
 }
 
 _HELP = ("-h", "--help")
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -55,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # flushes stdout at exit, so give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        place = error.filename or "the run folder"
+        sys.stderr.write(
+            f"genpol: error: {place}: cannot be written ({error.strerror}); what was saved before"
+            " is intact; free some space, or choose another folder with output=<folder>\n"
+        )
+        return 1
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import subprocess
 import sys
@@ -167,3 +168,16 @@ def test_display_keeps_the_renderer_of_mujoco() -> None:
     environ = {"DISPLAY": ":0"}
     entry.prepare_process(environ)
     assert "MUJOCO_GL" not in environ
+
+
+def test_a_full_disk_is_told_in_one_line(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/metrics.csv")
+
+    command.run = full
+    assert entry.main(["probe"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "/runs/metrics.csv: cannot be written (No space left on device)" in error

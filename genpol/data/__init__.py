@@ -1,1 +1,0 @@
-"""Replay, readers and action chunks."""

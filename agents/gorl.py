@@ -13,8 +13,8 @@ arXiv 2512.02581. The policy is a Gaussian *encoder* ``z ~ pi(z | s)`` followed 
 Choices where paper and released code disagree, and why:
 
 * Refinement data are steps of the running environments, counted as training steps, in place of
-  extra episodes outside the budget. The environments' clocks are staggered, so both have the same
-  distribution over episode time.
+  extra episodes outside the budget. The environments' clocks are staggered, so that with episodes
+  of a fixed length both have the same distribution over episode time.
 * The encoder's observation statistics restart from the refinement data and not from nothing.
 * Targets are clipped to +-3 before the squash (tanh 3 = 0.995): the tails differ in nothing that
   the environment can see.
@@ -24,16 +24,18 @@ Choices where paper and released code disagree, and why:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from genpol import settings as check
 from genpol.agent import Agent, Specs
-from genpol.errors import ConfigError
+from genpol.errors import ConfigError, NonFiniteError
+from genpol.nn.optimizer import GuardedOptimizer
 from genpol.on_policy import DecodedPolicy, Encoder, OnPolicySettings, PPOLearner
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
@@ -54,9 +56,9 @@ class Settings(OnPolicySettings):
     restart: str = "gaussian"
     """Encoder after a refinement: `gaussian` (exactly N(0, I)), `gaussian_warm_value` (critic
     kept), `fresh` (random weights) or `warm_start` (everything but the optimiser kept)."""
-    stage_steps: list[int] = field(default_factory=lambda: [4_000_000])
-    """Environment steps of each stage; the last entry repeats until the run ends."""
-    max_refinements: int = 3
+    stage_steps: list[int] = field(default_factory=lambda: [3_000_000])
+    """Environment steps of each stage; the last entry repeats."""
+    max_refinements: int = 2
     """Refinements after which the decoder stays as it is."""
     refinement_steps: int = 500_000
     """Environment steps collected for one refinement."""
@@ -83,6 +85,7 @@ class Settings(OnPolicySettings):
         for name in ("solver_steps", "fit_steps", "fit_batch_size", "fit_learning_rate"):
             check.positive(f"agent.{name}", getattr(self, name))
         check.positive("agent.refinement_steps", self.refinement_steps)
+        check.widths("agent.decoder_hidden", self.decoder_hidden)
         check.at_least("agent.max_refinements", self.max_refinements, 0)
         check.at_least("agent.target_clip", self.target_clip, 0.0)
         if not self.stage_steps or min(self.stage_steps) <= 0:
@@ -109,7 +112,7 @@ class GoRL(Agent):
         self.settings = settings
         self.specs = specs
         self.device = torch.device(device)
-        self.frames_per_batch = settings.rollout_steps * specs.num_envs
+        self.frames_per_batch = settings.frames_per_batch(specs)
         self.generator = torch.Generator(device).manual_seed(seed)
         encoder = self._make_encoder(settings.encoder_init)
         self.policy = DecodedPolicy(encoder, IdentityDecoder(), generator=self.generator)
@@ -117,6 +120,7 @@ class GoRL(Agent):
         self.stage = 0
         self._steps_in_stage = 0
         self._fit_gradient_steps = 0
+        self._skipped = 0
         self._collected: list[TensorDict] = []
 
     @property
@@ -131,6 +135,7 @@ class GoRL(Agent):
             metrics = self.learner.update(batch)
         else:
             metrics = self._collect(batch)
+        metrics["skipped_updates"] = torch.tensor(float(self._skipped + self.learner.skipped))
         return metrics | {"stage": torch.tensor(float(self.stage))}
 
     def _stage_length(self) -> float:
@@ -140,7 +145,7 @@ class GoRL(Agent):
         return lengths[min(self.stage, len(lengths) - 1)]
 
     def _collect(self, batch: TensorDict) -> dict[str, Tensor]:
-        self._collected.append(batch.select("observation", "latent", "decoded").clone())
+        self._collected.append(_refinement_data(batch))
         collected = sum(part.numel() for part in self._collected) * self.specs.action_repeat
         if collected < self.settings.refinement_steps:
             return {}
@@ -156,7 +161,7 @@ class GoRL(Agent):
         settings = self.settings
         metrics: dict[str, Tensor] = {}
         if settings.decoder != "identity":
-            decoder = self._make_decoder().to(self.device)
+            decoder = self.make_decoder().to(self.device)
             metrics = fit_decoder(decoder, data, settings, self.generator)
             self._fit_gradient_steps += settings.fit_steps
             self.policy.decoder = decoder.requires_grad_(False)
@@ -168,8 +173,9 @@ class GoRL(Agent):
                 encoder.critic.load_state_dict(self.policy.encoder.critic.state_dict())
                 encoder.normalizer.load_state_dict(self.policy.encoder.normalizer.state_dict())
             else:
-                encoder.normalizer.update(data["observation"])
+                encoder.normalizer.update(data["observation"], mask=~data["diverged"].squeeze(-1))
         self.policy.encoder = encoder
+        self._skipped += self.learner.skipped
         self.learner = PPOLearner(encoder, settings, generator=self.generator)
         self.learner.gradient_steps = gradient_steps
         return metrics
@@ -185,7 +191,8 @@ class GoRL(Agent):
         )
         return encoder.to(self.device)
 
-    def _make_decoder(self) -> GenerativeDecoder:
+    def make_decoder(self) -> GenerativeDecoder:
+        """Return a freshly initialised decoder of the kind that the settings name."""
         specs, settings = self.specs, self.settings
         sizes = (specs.observation_dim, specs.action_dim, settings.decoder_hidden)
         if settings.decoder == "flow":
@@ -207,6 +214,7 @@ class GoRL(Agent):
             "stage": self.stage,
             "steps_in_stage": self._steps_in_stage,
             "fit_gradient_steps": self._fit_gradient_steps,
+            "skipped": self._skipped,
             "has_decoder": not isinstance(self.policy.decoder, IdentityDecoder),
             "collected": [dict(part.items()) for part in self._collected],
         }
@@ -218,6 +226,7 @@ class GoRL(Agent):
         self.stage = state["stage"]
         self._steps_in_stage = state["steps_in_stage"]
         self._fit_gradient_steps = state["fit_gradient_steps"]
+        self._skipped = state["skipped"]
         self._collected = [
             TensorDict(part, batch_size=part["observation"].shape[:2])
             for part in state["collected"]
@@ -228,7 +237,7 @@ class GoRL(Agent):
         if any(name.startswith("policy.decoder.") for name in state_dict) and isinstance(
             self.policy.decoder, IdentityDecoder
         ):
-            self.policy.decoder = self._make_decoder().to(self.device).requires_grad_(False)
+            self.policy.decoder = self.make_decoder().to(self.device).requires_grad_(False)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
@@ -237,7 +246,8 @@ def fit_decoder(
 ) -> dict[str, Tensor]:
     """Regress ``decoder`` onto the actions in ``data`` and keep its best validation weights.
 
-    A tenth of the environments, whole, is held out for validation.
+    A tenth of the environments, whole, is held out for validation; of fewer than ten, the last
+    tenth of time.
 
     Args:
         decoder: Freshly initialised; its observation statistics are set from the training rows.
@@ -247,17 +257,23 @@ def fit_decoder(
 
     Returns:
         Losses at the end of the fit.
+
+    Raises:
+        NonFiniteError: If losses stay non-finite, or no validation loss was finite.
     """
-    order = torch.randperm(data.shape[0], generator=generator, device=generator.device)
-    held_out = max(1, data.shape[0] // 10)
-    validation = _rows(data[order[:held_out]], settings)
-    training = _rows(data[order[held_out:]], settings)
+    training, validation = _split(data, settings, generator)
     decoder.normalizer.update(training["observation"])
-    optimizer = torch.optim.Adam(decoder.parameters(), settings.fit_learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.fit_steps)
+    optimizer = GuardedOptimizer(
+        decoder.parameters(),
+        settings.fit_learning_rate,
+        max_grad_norm=math.inf,
+        eps=1e-8,
+        patience=settings.nonfinite_patience,
+        name="decoder",
+    )
     fixed_noise = _noise(validation, settings, generator)
     fixed_time = decoder.draw_time(fixed_noise.shape[:1], generator)
-    best, best_weights = float("inf"), decoder.state_dict()
+    best, best_weights = math.inf, _copy(decoder)
     every = max(1, settings.fit_steps // 20)
     for step in range(1, settings.fit_steps + 1):
         picked = torch.randint(
@@ -267,18 +283,21 @@ def fit_decoder(
         time = decoder.draw_time(rows.shape, generator)
         noise = _noise(rows, settings, generator)
         loss, _ = decoder.bc_loss(rows["observation"], rows["decoded"], noise, time)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        done = (step - 1) / settings.fit_steps
+        optimizer.learning_rate = settings.fit_learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.step(loss)
         if step % every == 0 or step == settings.fit_steps:
             with torch.no_grad():
                 error, _ = decoder.bc_loss(
                     validation["observation"], validation["decoded"], fixed_noise, fixed_time
                 )
             if error < best:
-                best = float(error)
-                best_weights = {name: x.clone() for name, x in decoder.state_dict().items()}
+                best, best_weights = float(error), _copy(decoder)
+    if not math.isfinite(best):
+        raise NonFiniteError(
+            "decoder: its validation loss was never finite; lower agent.fit_learning_rate and look "
+            "for extreme observations"
+        )
     decoder.load_state_dict(best_weights)
     return {
         "decoder/loss": loss.detach(),
@@ -287,8 +306,31 @@ def fit_decoder(
     }
 
 
+def _refinement_data(batch: TensorDict) -> TensorDict:
+    data = batch.select("observation", "latent", "decoded").clone()
+    return data.set("diverged", batch["next", "diverged"].clone())
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in module.state_dict().items()}
+
+
+def _split(
+    data: TensorDict, settings: Settings, generator: torch.Generator
+) -> tuple[TensorDict, TensorDict]:
+    """Return rows for training and for validation."""
+    num_envs, time = data.shape
+    if num_envs < 10:
+        late = max(1, time // 10)
+        return _rows(data[:, :-late], settings), _rows(data[:, -late:], settings)
+    order = torch.randperm(num_envs, generator=generator, device=generator.device)
+    held_out = num_envs // 10
+    return _rows(data[order[held_out:]], settings), _rows(data[order[:held_out]], settings)
+
+
 def _rows(data: TensorDict, settings: Settings) -> TensorDict:
     rows = data.flatten(0, 1)
+    rows = rows[~rows["diverged"].squeeze(-1)]
     if settings.target_clip > 0:
         rows["decoded"] = rows["decoded"].clamp(-settings.target_clip, settings.target_clip)
     return rows

@@ -44,7 +44,9 @@ class PPO(Agent):
 
     def __init__(self, settings: Settings, specs: Specs, *, device: str, seed: int) -> None:
         super().__init__()
-        self.frames_per_batch = settings.rollout_steps * specs.num_envs
+        self.settings = settings
+        self.specs = specs
+        self.frames_per_batch = settings.frames_per_batch(specs)
         self.generator = torch.Generator(device).manual_seed(seed)
         encoder = Encoder(
             specs.observation_dim,

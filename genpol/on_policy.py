@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torchrl.envs import ExplorationType, exploration_type
 
 from genpol import settings as check
+from genpol.agent import Specs
+from genpol.errors import ConfigError
 from genpol.nn.mlp import MLP
 from genpol.nn.normalizer import RunningNormalizer
 from genpol.nn.optimizer import GuardedOptimizer
@@ -54,9 +56,10 @@ class OnPolicySettings:
     """Weight of the entropy bonus."""
     squashed_entropy: bool = False
     """Whether the entropy is that of the action after tanh (penalises saturation)."""
-    prior: str = "ridge"
-    """What holds the latent near N(0, I): `ridge`, `kl` or `none`."""
-    prior_coefficient: float = 2e-3
+    prior: str = "kl"
+    """What holds the latent near N(0, I): `kl`, `ridge` (the released code; its optimum is a point
+    mass) or `none`."""
+    prior_coefficient: float = 1e-2
     """Weight of that regulariser."""
     learning_rate: float = 1e-3
     """Adam step size of the actor at the start."""
@@ -85,8 +88,11 @@ class OnPolicySettings:
         """Refuse values out of bounds."""
         for name in ("rollout_steps", "epochs", "minibatches", "learning_rate"):
             check.positive(f"agent.{name}", getattr(self, name))
-        for name in ("critic_learning_rate", "max_grad_norm", "reward_scale", "max_scale", "clip"):
+        for name in ("critic_learning_rate", "max_grad_norm", "reward_scale", "clip"):
             check.positive(f"agent.{name}", getattr(self, name))
+        check.at_least("agent.max_scale", self.max_scale, 1.0)  # N(0, I) must be within reach
+        check.widths("agent.actor_hidden", self.actor_hidden)
+        check.widths("agent.critic_hidden", self.critic_hidden)
         for name in ("entropy_coefficient", "prior_coefficient", "target_kl"):
             check.at_least(f"agent.{name}", getattr(self, name), 0.0)
         for name in ("gamma", "gae_lambda"):
@@ -95,6 +101,20 @@ class OnPolicySettings:
         check.one_of("agent.prior", self.prior, ("ridge", "kl", "none"))
         check.one_of("agent.encoder_init", self.encoder_init, ("gaussian", "fresh"))
         check.one_of("agent.normalizer", self.normalizer, ("exact", "released"))
+
+    def frames_per_batch(self, specs: Specs) -> int:
+        """Return the actions in one rollout of all environments.
+
+        Raises:
+            ConfigError: If they do not fill the minibatches.
+        """
+        frames = self.rollout_steps * specs.num_envs
+        if frames < self.minibatches:
+            raise ConfigError(
+                f"agent.minibatches = {self.minibatches}: a rollout has only {frames} rows "
+                "(agent.rollout_steps x num_envs); lower it or raise one of those"
+            )
+        return frames
 
 
 class Decoder(Protocol):
@@ -187,7 +207,7 @@ class DecodedPolicy(TensorDictModuleBase):
         observation = tensordict["observation"]
         mean, scale = self.encoder(observation)
         latent = mean
-        if exploration_type() not in (ExplorationType.DETERMINISTIC, ExplorationType.MODE):
+        if exploration_type() in (ExplorationType.RANDOM, None):
             noise = torch.empty_like(mean).normal_(generator=self._generator)
             latent = mean + scale * noise
         decoded = self.decoder.sample(observation, latent)
@@ -231,38 +251,52 @@ class PPOLearner:
         self.settings = settings
         self.gradient_steps = 0
         self._generator = generator
-        self._actor_optimizer = self._optimizer(encoder.actor, settings.learning_rate)
-        self._critic_optimizer = self._optimizer(encoder.critic, settings.critic_learning_rate)
+        self._actor_optimizer = self._optimizer("actor", settings.learning_rate)
+        self._critic_optimizer = self._optimizer("critic", settings.critic_learning_rate)
 
-    def _optimizer(self, module: nn.Module, learning_rate: float) -> GuardedOptimizer:
+    @property
+    def skipped(self) -> int:
+        """Optimiser steps left out because loss or gradient were not finite."""
+        return self._actor_optimizer.skipped + self._critic_optimizer.skipped
+
+    def _optimizer(self, name: str, learning_rate: float) -> GuardedOptimizer:
         return GuardedOptimizer(
-            module.parameters(),
+            self.encoder.get_submodule(name).parameters(),
             learning_rate,
             max_grad_norm=self.settings.max_grad_norm,
             eps=1e-5,
             patience=self.settings.nonfinite_patience,
+            name=name,
         )
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Learn from a rollout ``[num_envs, time]`` and return metrics."""
         rollout, metrics = self._prepare(batch)
+        history = self._optimise(rollout)
+        self.encoder.normalizer.update(batch["observation"])
+        for name in history[-1] if history else ():
+            metrics[name] = torch.stack([step[name] for step in history]).mean()
+        metrics["policy/learning_rate"] = torch.tensor(self._actor_optimizer.learning_rate)
+        metrics["skipped_updates"] = torch.tensor(float(self.skipped))
+        return metrics
+
+    def _optimise(self, rollout: _Rollout) -> list[dict[str, Tensor]]:
+        """Make the passes over a rollout and return the metrics of every step."""
+        rows = len(rollout.target)
+        if rows == 0:
+            return []
+        # Without any reward all advantages are zero, and Adam, which knows no scale, would let the
+        # prior alone move the actor at full speed.
+        learn_actor = bool(rollout.advantage.abs().max() > 1e-8)
         history: list[dict[str, Tensor]] = []
         for _ in range(self.settings.epochs):
-            order = torch.randperm(len(rollout.target), generator=self._generator)
-            minibatches = order.tensor_split(self.settings.minibatches)
-            history.extend(self._step(rollout.take(rows)) for rows in minibatches)
-        self.encoder.normalizer.update(batch["observation"])
-        for name in history[-1]:
-            metrics[name] = torch.stack([step[name] for step in history]).mean()
-        last_epoch = history[-self.settings.minibatches :]
-        self._adapt_learning_rate(
-            torch.stack([step["policy/approx_kl"] for step in last_epoch]).mean()
-        )
-        metrics["policy/learning_rate"] = torch.tensor(self._actor_optimizer.learning_rate)
-        metrics["skipped_updates"] = torch.tensor(
-            self._actor_optimizer.skipped + self._critic_optimizer.skipped
-        )
-        return metrics
+            order = torch.randperm(rows, generator=self._generator, device=self._generator.device)
+            minibatches = order.tensor_split(min(self.settings.minibatches, rows))
+            history.extend(self._step(rollout.take(part), learn_actor) for part in minibatches)
+        if learn_actor:
+            divergence = [step["policy/approx_kl"] for step in history[-len(minibatches) :]]
+            self._adapt_learning_rate(torch.stack(divergence).mean())
+        return history
 
     @torch.no_grad()
     def _prepare(self, batch: TensorDict) -> tuple[_Rollout, dict[str, Tensor]]:
@@ -303,7 +337,7 @@ class PPOLearner:
         }
         return rollout, metrics
 
-    def _step(self, rows: _Rollout) -> dict[str, Tensor]:
+    def _step(self, rows: _Rollout, learn_actor: bool = True) -> dict[str, Tensor]:
         settings = self.settings
         mean, scale = self.encoder.actor.at_normalized(rows.observation)
         log_ratio = log_prob(mean, scale, rows.latent) - rows.log_prob
@@ -315,7 +349,8 @@ class PPOLearner:
             loss = loss + settings.prior_coefficient * ridge(mean, scale)[0]
         elif settings.prior == "kl":
             loss = loss + settings.prior_coefficient * standard_normal_kl(mean, scale)[0]
-        self._actor_optimizer.step(loss)
+        if learn_actor:
+            self._actor_optimizer.step(loss)
         value = self.encoder.critic(rows.observation).squeeze(-1)
         value_error, _ = value_loss(value, rows.target)
         self._critic_optimizer.step(value_error)
@@ -334,15 +369,19 @@ class PPOLearner:
             bonus = bonus + tanh_entropy_correction(mean + scale * noise)[0]
         return bonus
 
-    def _adapt_learning_rate(self, kl: Tensor) -> None:
-        """Steer the actor's step size towards the target divergence (Schulman et al. 2017, 4)."""
+    def _adapt_learning_rate(self, divergence: Tensor) -> None:
+        """Steer the actor's step size towards the target divergence (as rsl_rl does).
+
+        It moves by factors of 1.5 between 1e-5 and 1e-2, or up to a start outside that range.
+        """
         target, optimizer = self.settings.target_kl, self._actor_optimizer
         if target == 0:
             return
-        if kl > 2 * target:
-            optimizer.learning_rate = max(optimizer.learning_rate / 1.5, 1e-5)
-        elif kl < target / 2:
-            optimizer.learning_rate = min(optimizer.learning_rate * 1.5, 1e-2)
+        rate = optimizer.learning_rate
+        if divergence > 2 * target:
+            optimizer.learning_rate = min(rate, max(rate / 1.5, 1e-5))
+        elif divergence < target / 2:
+            optimizer.learning_rate = max(rate, min(rate * 1.5, 1e-2))
 
     def state(self) -> dict[str, Any]:
         """Return optimisers and counters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from genpol.errors import ConfigError, nearest
 
@@ -24,6 +24,12 @@ def within(field: str, value: float, low: float, high: float) -> None:
     """Refuse ``value`` outside the closed interval ``[low, high]``."""
     if not low <= value <= high:
         raise ConfigError(f"{field} = {value!r}: must lie in [{low}, {high}]")
+
+
+def widths(field: str, value: Sequence[int]) -> None:
+    """Refuse layer widths that are not all positive."""
+    if any(width <= 0 for width in value):
+        raise ConfigError(f"{field} = {list(value)}: widths must be > 0, such as [64, 64]")
 
 
 def one_of(field: str, value: str, choices: Collection[str]) -> None:

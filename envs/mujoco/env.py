@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import mujoco
@@ -14,7 +15,7 @@ from torchrl.envs import EnvBase
 
 from genpol.envs.mujoco.simulation import BatchedSimulation, Stage
 from genpol.envs.mujoco.task import Task
-from genpol.errors import GenpolError
+from genpol.errors import ConfigError, GenpolError
 
 
 class MujocoEnv(EnvBase):
@@ -57,6 +58,11 @@ class MujocoEnv(EnvBase):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        if task.max_episode_steps % action_repeat != 0:
+            raise ConfigError(
+                f"env.action_repeat = {action_repeat}: must divide the {task.max_episode_steps} "
+                f"steps of an episode of {name}"
+            )
         self.name = name
         self.task = task
         self.max_episode_steps = task.max_episode_steps
@@ -236,6 +242,8 @@ class MujocoEnv(EnvBase):
         """Draw simulation ``index`` as ``uint8 [height, width, 3]``."""
         model = self.sim.model_of(index)
         data = self.sim.data_of(index)
+        if self.task.persistent:  # the data are the simulation's own
+            data = copy.copy(data)
         mujoco.mj_forward(model, data)
         if self._renderer is None:
             self._renderer = _make_renderer(model, height, width)

@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> int:
 
     from genpol.cli import configuration
     from genpol.cli.train import build, record_video
+    from genpol.seeding import derive
     from genpol.training import checkpoint
     from genpol.training.evaluation import evaluate
     from genpol.training.loop import load_weights
@@ -54,16 +55,19 @@ def run(arguments: list[str]) -> int:
     agent, make_env = build(settings)
     load_weights(agent, checkpoint.load(found)["weights"], found)
     episodes, seed = options["episodes"], options["seed"]
-    env = make_env(num_envs=min(episodes, settings.num_envs), seed=seed)
+    seed = derive(seed, "test")
     agent.generator.manual_seed(seed)
-    result = evaluate(
-        agent.policy,
-        env,
-        episodes=episodes,
-        seed=seed,
-        deterministic=not options["stochastic"],
-    )
-    env.close()
+    env = make_env(num_envs=min(episodes, settings.num_envs), seed=seed)
+    try:
+        result = evaluate(
+            agent.policy,
+            env,
+            episodes=episodes,
+            seed=seed,
+            deterministic=not options["stochastic"],
+        )
+    finally:
+        env.close()
     returns = result.returns.double()
     summary: dict[str, Any] = {"checkpoint": str(found), **result.summary()}
     if len(returns) > 1:
@@ -74,8 +78,8 @@ def run(arguments: list[str]) -> int:
         }
         for share in (0.05, 0.25):
             worst = torch.sort(returns).values[: max(1, round(share * len(returns)))]
-            summary[f"return_var_{share:.2f}"] = float(worst[-1])
-            summary[f"return_cvar_{share:.2f}"] = float(worst.mean())
+            summary[f"value_at_risk_{share:.0%}"] = float(worst[-1])
+            summary[f"conditional_value_at_risk_{share:.0%}"] = float(worst.mean())
     if options["video"]:
         record_video(agent, make_env, Path(options["video"]), seed)
     _print(summary, as_json=options["json"])
@@ -97,12 +101,14 @@ def _parse(key: str, value: str) -> Any:
 
 def _print(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(summary) + "\n")
+        finite = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
+        sys.stdout.write(json.dumps(finite) + "\n")
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=summary.pop("checkpoint"), show_header=False)
+    sys.stdout.write(f"{summary.pop('checkpoint')}\n")
+    table = Table(show_header=False)
     for name, value in summary.items():
         shown = f"{value:.1f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from genpol.errors import ConfigError, GenpolError
 
@@ -23,7 +23,8 @@ usage: genpol train env=<name> [agent=<name>] [key=value ...]
 
 Trains an agent (gorl by default) and leaves a run folder
 runs/<env>/<agent>/<time>-s<seed>/ with config.yaml, metrics.csv, evals.csv, checkpoints,
-TensorBoard events, learning_curve.png and videos/final.mp4.
+TensorBoard events, learning_curve.png and videos/final.mp4. With init=<run folder> the weights
+are those of a trained run; everything else starts afresh.
 
 examples:
   genpol train env=HopperStand
@@ -52,9 +53,14 @@ def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> in
     from omegaconf import OmegaConf
 
     from genpol.envs import label
+    from genpol.training import checkpoint
+    from genpol.training.loop import Training, load_weights
     from genpol.training.run import Run
 
     agent, make_env = build(settings)
+    if settings.init is not None:
+        found = checkpoint.resolve(Path(settings.init))
+        load_weights(agent, checkpoint.load(found)["weights"], found)
     run = Run.create(
         Path(settings.output),
         label(settings.env),
@@ -65,25 +71,39 @@ def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> in
         tensorboard=settings.tensorboard,
         wandb_project="genpol" if settings.wandb else None,
     )
-    return _go(agent, make_env, settings, run, checkpoint=None)
+    try:
+        training = Training(agent, make_env, settings, run)
+    except BaseException:
+        run.finish("failed")
+        raise
+    return _go(training, make_env, settings, run)
 
 
 def _resume(path: Path, overrides: list[str]) -> int:
+    from omegaconf import OmegaConf
+
     from genpol.cli import configuration
     from genpol.training import checkpoint
+    from genpol.training.loop import Training
     from genpol.training.run import Run
 
     found = checkpoint.resolve(path)
     folder = found.parent.parent
-    settings = configuration.to_settings(configuration.load(folder / "config.yaml", overrides))
+    config = configuration.load(folder / "config.yaml", overrides)
+    settings = configuration.to_settings(config)
     agent, make_env = build(settings)
     run = Run.open(
         folder,
         tensorboard=settings.tensorboard,
         wandb_project="genpol" if settings.wandb else None,
     )
-    run.resume(["genpol", "train", f"resume={path}", *overrides])
-    return _go(agent, make_env, settings, run, checkpoint=found)
+    training = Training(agent, make_env, settings, run)
+    training.resume(found)  # refuses what does not fit before anything is written
+    run.resume(
+        ["genpol", "train", f"resume={path}", *overrides],
+        cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)),
+    )
+    return _go(training, make_env, settings, run)
 
 
 def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
@@ -93,7 +113,9 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
     from genpol.agent import Specs
     from genpol.agents import make as make_agent
     from genpol.envs import make
+    from genpol.seeding import derive
 
+    _check_device(settings.device)
     if settings.num_threads > 0:
         torch.set_num_threads(settings.num_threads)
     make_env: EnvFactory = partial(make, settings.env, device=settings.device)
@@ -101,27 +123,35 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
     specs = Specs.from_env(probe, num_envs=settings.num_envs)
     probe.close()
     agent = make_agent(
-        settings.choices.agent, settings.agent, specs, device=settings.device, seed=settings.seed
+        settings.choices.agent,
+        settings.agent,
+        specs,
+        device=settings.device,
+        seed=derive(settings.seed, "agent"),
     )
     return agent, make_env
 
 
-def _go(
-    agent: Agent, make_env: EnvFactory, settings: TrainSettings, run: Run, checkpoint: Path | None
-) -> int:
-    from genpol.training.loop import Training
+def _check_device(device: str) -> None:
+    import torch
 
+    name, _, index = device.partition(":")
+    if name == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices that "
+            "torch can use; see `genpol info`, or leave device=cpu"
+        )
+
+
+def _go(training: Training, make_env: EnvFactory, settings: TrainSettings, run: Run) -> int:
     sys.stdout.write(f"run folder: {run.path}\n")
-    status = "failed"
+    status: Literal["finished", "interrupted", "failed"] = "failed"
     try:
-        training = Training(agent, make_env, settings, run)
-        if checkpoint is not None:
-            training.resume(checkpoint)
         training.start()
-        training.close()
         status = "interrupted" if training.interrupted else "finished"
     finally:
-        run.finish(status)  # type: ignore[arg-type]
+        training.close()
+        run.finish(status)
     if training.interrupted:
         sys.stdout.write(
             f"stopped by {training.interrupted}; go on with: genpol train resume={run.path}\n"
@@ -140,7 +170,7 @@ def _finish(training: Training, make_env: EnvFactory, settings: TrainSettings, r
     evaluations = pd.read_csv(run.path / "evals.csv")
     learning_curve(evaluations, run.path / "learning_curve.png")
     if settings.video:
-        record_video(training.agent, make_env, run.videos / "final.mp4", settings.evaluation.seed)
+        record_video(training.agent, make_env, run.videos / "final.mp4", settings.seed)
     last = evaluations.iloc[-1]
     sys.stdout.write(
         f"return {last.return_mean:.1f} over {int(last.episodes)} episodes after "
@@ -151,9 +181,11 @@ def _finish(training: Training, make_env: EnvFactory, settings: TrainSettings, r
 
 def record_video(agent: Agent, make_env: EnvFactory, path: Path, seed: int) -> None:
     """Write one episode as MP4; where nothing can be drawn, say so and go on."""
+    from genpol.seeding import derive
     from genpol.training.evaluation import record
     from genpol.training.video import write_mp4
 
+    seed = derive(seed, "video")
     env = make_env(num_envs=1, seed=seed)
     try:
         frame_rate = 1.0 / env.control_period_s

@@ -64,7 +64,6 @@ def evaluate(
         deterministic: Take the policy's mode and do not sample.
         on_step: Called after every step, to draw frames for instance.
     """
-    env.set_seed(seed)
     num_envs = env.batch_size[0]
     returns: list[Tensor] = []
     lengths: list[Tensor] = []
@@ -72,6 +71,8 @@ def evaluate(
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with set_exploration_type(kind):
         for first in range(0, episodes, num_envs):
+            # Anew in every round: a policy that falls early has drawn more starts by then.
+            env.set_seed(seed + first)
             wanted = torch.arange(num_envs) < episodes - first
             total, length, bad = _run_round(policy, env, wanted, on_step)
             valid = wanted & ~bad

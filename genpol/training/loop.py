@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase, ExplorationType
 
 from genpol.agent import Agent
 from genpol.errors import CheckpointError, NonFiniteError
+from genpol.seeding import derive
 from genpol.training import checkpoint
 from genpol.training.display import TerminalReport
 from genpol.training.dump import write_dump
@@ -56,10 +57,13 @@ class Training:
         self.run = run
         self.env_steps = 0
         self.interrupted: str | None = None
-        self._env = make_env(num_envs=settings.num_envs, seed=settings.seed, stagger=True)
+        self._env = make_env(
+            num_envs=settings.num_envs, seed=derive(settings.seed, "training"), stagger=True
+        )
+        self._evaluation_seed = derive(settings.evaluation.seed, "evaluation")
         self._evaluation_env = make_env(
             num_envs=min(settings.evaluation.episodes, settings.num_envs),
-            seed=settings.evaluation.seed,
+            seed=self._evaluation_seed,
         )
         self._episodes = EpisodeTracker(settings.num_envs)
         self._evaluated_at = self._saved_at = -1
@@ -79,18 +83,17 @@ class Training:
                 self._evaluate(report)
             for batch in self._batches():
                 self._update(batch, report)
-                if self._due(settings.evaluation.interval_steps, self._evaluated_at):
+                last = self.env_steps >= settings.total_steps
+                if last or self._due(settings.evaluation.interval_steps, self._evaluated_at):
                     self._evaluate(report)
+                asked = signals.checkpoint_requested()
+                stop = signals.stop_requested
                 due = self._due(settings.checkpoint.interval_steps, self._saved_at)
-                if due or signals.checkpoint_requested():
+                if last or asked or stop or due:
                     self.save()
-                if signals.stop_requested:
+                if stop and not last:
                     self.interrupted = signals.stop_signal
                     break
-            if self.interrupted is None and self._evaluated_at < self.env_steps:
-                self._evaluate(report)
-            if self._saved_at < self.env_steps:
-                self.save()
 
     def _batches(self) -> Iterator[TensorDict]:
         """Yield rollouts ``[num_envs, time]`` until the budget of steps is spent."""
@@ -147,7 +150,10 @@ class Training:
     def _evaluate(self, report: TerminalReport) -> Evaluation:
         settings = self.settings.evaluation
         result = evaluate(
-            self.agent.policy, self._evaluation_env, episodes=settings.episodes, seed=settings.seed
+            self.agent.policy,
+            self._evaluation_env,
+            episodes=settings.episodes,
+            seed=self._evaluation_seed,
         )
         summary = result.summary()
         self.run.log_evaluation(
@@ -196,6 +202,12 @@ class Training:
             CheckpointError: If the checkpoint is damaged or belongs to other settings.
         """
         state = checkpoint.load(path)
+        num_envs = len(state["episodes"]["return"])
+        if num_envs != self.settings.num_envs:
+            raise CheckpointError(
+                f"{path}: was saved with num_envs={num_envs}, not {self.settings.num_envs}; leave "
+                "num_envs as it was"
+            )
         load_weights(self.agent, state["weights"], path)
         self.agent.load_training_state(state["training"])
         if state["simulation"] is not None:

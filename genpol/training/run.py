@@ -175,8 +175,16 @@ class Run:
             named = {f"evaluation/{name}": float(value) for name, value in evaluation.items()}
             sink.log(env_steps, named)
 
-    def resume(self, command: list[str]) -> None:
-        """Mark the run as running again, and note when and by which command."""
+    def resume(self, command: list[str], config: Mapping[str, Any] | None = None) -> None:
+        """Mark the run as running again; note when, by which command and under which settings.
+
+        Args:
+            command: The command line.
+            config: The resolved configuration, if it may differ from the one before.
+        """
+        if config is not None:
+            self.config = dict(config)
+            _replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self.record["resumed"].append({"at": now, "command": shlex.join(command)})
         self._set_status("running")

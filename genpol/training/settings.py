@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genpol.errors import ConfigError
-from genpol.settings import at_least, positive
+from genpol.settings import at_least, positive, within
 
 MISSING: Any = (
     "???"  # OmegaConf's mark for a mandatory value, written out to keep it off this floor
@@ -41,7 +41,7 @@ class EvaluationSettings:
         """Check the bounds."""
         positive("evaluation.interval_steps", self.interval_steps)
         at_least("evaluation.episodes", self.episodes, 1)
-        at_least("evaluation.seed", self.seed, 0)
+        within("evaluation.seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class TrainSettings:
     total_steps: int = 10_000_000
     """Environment steps to train for, over all environments together."""
     device: str = "cpu"
-    """Where the networks live: cpu, cuda, cuda:1 or mps."""
+    """Where the networks live: cpu, cuda or cuda:<index>."""
     num_threads: int = 0
     """Threads for torch; 0 takes all cores."""
     num_envs: int = 1024
@@ -93,8 +93,6 @@ class TrainSettings:
     """Write TensorBoard event files."""
     wandb: bool = False
     """Log to Weights & Biases as well."""
-    nonfinite_patience: int = 10
-    """Updates in a row with a non-finite loss, each skipped, after which the run stops."""
     choices: Choices = field(default_factory=Choices)
     """Names of the configurations that were composed."""
     env: Any = MISSING
@@ -104,14 +102,13 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        at_least("seed", self.seed, 0)
+        within("seed", self.seed, 0, 2**63 - 1)
         positive("total_steps", self.total_steps)
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device = {self.device!r}: must be cpu, cuda, cuda:<index> or mps.")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device = {self.device!r}: must be cpu, cuda or cuda:<index>")
         at_least("num_threads", self.num_threads, 0)
         at_least("num_envs", self.num_envs, 1)
         if not self.output:
             raise ConfigError("output = '': must be a folder.")
         if self.resume is not None and self.init is not None:
             raise ConfigError("resume and init exclude each other: resume continues, init begins.")
-        at_least("nonfinite_patience", self.nonfinite_patience, 1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from genpol import agents
+from genpol import agents, configs
 from genpol.agent import Specs
 from genpol.agents.gorl import Settings, _rows, fit_decoder
 from genpol.agents.ppo import Settings as PPOSettings
-from genpol.errors import ConfigError
+from genpol.errors import ConfigError, NonFiniteError
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder, IdentityDecoder
 from genpol.training.evaluation import evaluate
@@ -112,6 +115,7 @@ def dataset(actions, latents=None):
     """Return refinement data ``[envs, time]`` with constant observations."""
     data = {"observation": torch.zeros(*actions.shape[:2], 1), "decoded": actions}
     data["latent"] = torch.randn_like(actions) if latents is None else latents
+    data["diverged"] = torch.zeros(*actions.shape[:2], 1, dtype=torch.bool)
     return TensorDict(data, actions.shape[:2])
 
 
@@ -162,6 +166,42 @@ def test_targets_are_clipped_before_the_squash():
     data = dataset(torch.tensor([[[50.0], [-4.0], [0.5]]]))
     assert _rows(data, Settings(target_clip=3.0))["decoded"].flatten().tolist() == [3.0, -3.0, 0.5]
     assert _rows(data, Settings(target_clip=0.0))["decoded"].flatten().tolist() == [50, -4, 0.5]
+
+
+def test_diverged_rows_are_no_targets():
+    data = dataset(torch.tensor([[[0.5], [2.0]], [[-0.5], [1.0]]]))
+    data["diverged"][0, 1] = True
+    assert _rows(data, Settings())["decoded"].flatten().tolist() == [0.5, -0.5, 1.0]
+
+
+def test_decoder_that_never_was_finite_is_not_installed():
+    data = dataset(torch.full((20, 10, 1), float("nan")))
+    decoder = FlowPolicy(1, 1, [8], generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NonFiniteError, match="decoder"):
+        fit(decoder, data)
+
+
+@pytest.mark.parametrize("num_envs", [1, 9, 10])
+def test_refinement_works_with_few_environments(bandit, num_envs):
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=num_envs, max_episode_steps=1)
+    agent = make(specs=specs, stage_steps=[16], refinement_steps=16, max_refinements=1)
+    train(agent, bandit(lambda x: x, num_envs=num_envs), 5)
+    assert agent.stage == 1
+
+
+def test_recipes_give_ppo_what_they_give_gorl():
+    # Otherwise the comparison would measure the tuning.
+    folder = Path(configs.__file__).parent / "recipe"
+    recipes = {path.stem: OmegaConf.load(path) for path in folder.glob("*.yaml")}
+    shared = {field.name for field in fields(PPOSettings)}
+    for name, recipe in recipes.items():
+        if name.startswith("gorl_"):
+            ppo = recipes[name.replace("gorl_", "ppo_")]
+            common = {key: value for key, value in recipe.agent.items() if key in shared}
+            assert common == dict(ppo.agent)
+            assert {k: v for k, v in recipe.items() if k != "agent"} == {
+                k: v for k, v in ppo.items() if k != "agent"
+            }
 
 
 def test_settings_refuse_an_unknown_decoder_with_the_nearest_name():

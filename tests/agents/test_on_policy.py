@@ -14,6 +14,7 @@ from genpol import agents
 from genpol.agent import Specs
 from genpol.agents.gorl import Settings as GoRLSettings
 from genpol.agents.ppo import Settings as PPOSettings
+from genpol.errors import ConfigError
 from genpol.objectives.ppo import clipped_surrogate
 from genpol.on_policy import DecodedPolicy, Encoder, PPOLearner, _Rollout
 from genpol.policies.gaussian import log_prob
@@ -96,7 +97,7 @@ def test_deterministic_action_is_the_decoded_mean():
 
 
 def test_no_gradient_reaches_the_decoder():
-    decoder = agents.make("gorl", GoRLSettings(), SPECS, seed=0)._make_decoder()
+    decoder = agents.make("gorl", GoRLSettings(), SPECS, seed=0).make_decoder()
     policy, generator = make_policy(decoder=decoder)
     before = copy.deepcopy(decoder.state_dict())
     PPOLearner(policy.encoder, PPOSettings(), generator=generator).update(rollout(policy))
@@ -128,6 +129,7 @@ def test_ridge_and_entropy_settle_at_the_predicted_scale():
     generator = torch.Generator().manual_seed(0)
     settings = PPOSettings(
         entropy_coefficient=0.01,
+        prior="ridge",
         prior_coefficient=1e-3,
         epochs=1,
         minibatches=1,
@@ -182,3 +184,30 @@ def test_step_size_follows_the_divergence():
     learner = PPOLearner(policy.encoder, settings, generator=generator)
     metrics = learner.update(rollout(policy))  # one step from ratio one: far below the target
     assert metrics["policy/learning_rate"] == pytest.approx(1.5e-3)
+
+
+def test_without_reward_exploration_stays_as_it_is():
+    # Adam knows no scale: the prior's gradient alone would shrink sigma within a few updates.
+    settings = PPOSettings(prior="ridge", prior_coefficient=2e-3, minibatches=2)
+    policy, generator = make_policy(settings, init="gaussian")
+    learner = PPOLearner(policy.encoder, settings, generator=generator)
+    for seed in range(10):
+        metrics = learner.update(rollout(policy, seed=seed, reward=torch.zeros(8, 6, 1)))
+    _, scale = policy.encoder(torch.randn(20, 3))
+    assert torch.allclose(scale, torch.ones_like(scale), atol=1e-4)
+    assert metrics["policy/learning_rate"] == pytest.approx(settings.learning_rate)
+
+
+def test_too_few_rows_for_the_minibatches_are_refused():
+    with pytest.raises(ConfigError, match=r"agent\.minibatches = 16: a rollout has only 8 rows"):
+        agents.make("ppo", PPOSettings(rollout_steps=1), SPECS, seed=0)
+
+
+def test_a_rollout_that_diverged_everywhere_changes_no_weight():
+    policy, generator = make_policy()
+    learner = PPOLearner(policy.encoder, PPOSettings(), generator=generator)
+    before = copy.deepcopy(list(policy.encoder.parameters()))
+    everywhere = torch.ones(8, 6, 1, dtype=torch.bool)
+    learner.update(rollout(policy, diverged=everywhere))
+    pairs = zip(before, policy.encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -32,10 +32,10 @@ STAGES = {
 }
 
 
-def start(folder, make_env, total_steps, *, agent="ppo", run=None, seed=0, **extra):
+def start(folder, make_env, total_steps, *, agent="ppo", run=None, seed=0, num_envs=16, **extra):
     settings = TrainSettings(
         seed=seed,
-        num_envs=16,
+        num_envs=num_envs,
         total_steps=total_steps,
         evaluation=EvaluationSettings(interval_steps=500, episodes=8),
         checkpoint=CheckpointSettings(interval_steps=10**9, keep=3),
@@ -44,7 +44,7 @@ def start(folder, make_env, total_steps, *, agent="ppo", run=None, seed=0, **ext
         agent=None,
     )
     options = agents.settings_class(agent)(**(SMALL | (STAGES if agent == "gorl" else {}) | extra))
-    specs = Specs.from_env(make_env(num_envs=1), num_envs=16)
+    specs = Specs.from_env(make_env(num_envs=1), num_envs=num_envs)
     made = agents.make(agent, options, specs, seed=seed)
     if run is None:
         run = Run.create(folder, "toy", agent, seed, {}, ["test"], tensorboard=False)
@@ -146,3 +146,11 @@ def test_a_checkpoint_of_other_networks_is_refused_and_nothing_is_lost(tmp_path,
         wider.resume(saved)
     assert checkpoint.load(saved)["env_steps"] == 112
     assert (first.run.path / "metrics.csv").read_text() == metrics
+
+
+def test_another_number_of_environments_is_refused(tmp_path, point_mass):
+    first = start(tmp_path, point_mass, 112)
+    first.start()
+    other = start(tmp_path, point_mass, 224, run=Run.open(first.run.path), num_envs=8)
+    with pytest.raises(CheckpointError, match="num_envs=16, not 8"):
+        other.resume(checkpoint.latest(first.run.checkpoints))

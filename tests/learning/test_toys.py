@@ -76,6 +76,7 @@ def test_flow_decoder_absorbs_a_behaviour_with_two_modes(bandit):
     data = TensorDict(
         {"observation": torch.zeros(50, 40, 1), "decoded": actions, "latent": actions}, [50, 40]
     )
+    data["diverged"] = torch.zeros(50, 40, 1, dtype=torch.bool)
     settings = Settings(fit_steps=1500, fit_batch_size=512, fit_learning_rate=3e-3)
 
     def reward(decoder):

@@ -135,6 +135,9 @@ def _make_agent(settings: TrainSettings, env: EnvBase) -> Agent:
         device=settings.device,
         seed=settings.seed,
     )
+    make_decoder = getattr(agent, "make_decoder", None)
+    if make_decoder is not None:  # as in all stages of GoRL but the first
+        agent.policy.decoder = make_decoder().requires_grad_(False)
     return agent
 
 
@@ -243,6 +246,7 @@ def _batches(env: EnvBase, agent: Agent, frames: int, cleanup: ExitStack) -> Any
         exploration_type=ExplorationType.RANDOM,
         trust_policy=True,
         track_traj_ids=False,
+        auto_register_policy_transforms=False,
     )
     cleanup.callback(collector.shutdown, close_env=False)
     return iter(collector)

@@ -233,6 +233,7 @@ class _Session:
         if folder is None:
             return []
         commit, machine = self._provenance
+        commit = _commit_of(folder) or commit
         command = item.command if finished else item.command + results.UNFINISHED
         evaluations = list(_evaluations(folder / "evals.csv"))
         return [
@@ -255,6 +256,16 @@ class _Session:
             for evaluation in evaluations
             if evaluation.get(column)
         ]
+
+
+def _commit_of(folder: Path) -> str:
+    """Return the commit that a run noted when it began; the checkout may have moved on since."""
+    try:
+        git = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("git") or {}
+    except (OSError, ValueError):
+        return ""
+    changes = "+changes" if git.get("dirty") else ""
+    return f"{git['commit'][:12]}{changes}" if git.get("commit") else ""
 
 
 def _same_run(row: ResultRow, item: Run) -> bool:

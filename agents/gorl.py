@@ -115,7 +115,12 @@ class GoRL(Agent):
         self.frames_per_batch = settings.frames_per_batch(specs)
         self.generator = torch.Generator(device).manual_seed(seed)
         encoder = self._make_encoder(settings.encoder_init)
-        self.policy = DecodedPolicy(encoder, IdentityDecoder(), generator=self.generator)
+        self.policy = DecodedPolicy(
+            encoder,
+            IdentityDecoder(),
+            generator=self.generator,
+            noise_correlation=settings.noise_correlation,
+        )
         self.learner = PPOLearner(encoder, settings, generator=self.generator)
         self.stage = 0
         self._steps_in_stage = 0
@@ -211,6 +216,7 @@ class GoRL(Agent):
         return {
             "learner": self.learner.state(),
             "generator": self.generator.get_state(),
+            "noise": self.policy.noise,
             "stage": self.stage,
             "steps_in_stage": self._steps_in_stage,
             "fit_gradient_steps": self._fit_gradient_steps,
@@ -223,6 +229,7 @@ class GoRL(Agent):
         """Restore what :meth:`training_state` returned."""
         self.learner.load_state(state["learner"])
         self.generator.set_state(state["generator"])
+        self.policy.noise = state["noise"]
         self.stage = state["stage"]
         self._steps_in_stage = state["steps_in_stage"]
         self._fit_gradient_steps = state["fit_gradient_steps"]

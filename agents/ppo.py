@@ -55,7 +55,12 @@ class PPO(Agent):
             generator=self.generator,
             init=settings.encoder_init,
         ).to(device)
-        self.policy = DecodedPolicy(encoder, IdentityDecoder(), generator=self.generator)
+        self.policy = DecodedPolicy(
+            encoder,
+            IdentityDecoder(),
+            generator=self.generator,
+            noise_correlation=settings.noise_correlation,
+        )
         self.learner = PPOLearner(encoder, settings, generator=self.generator)
 
     @property
@@ -69,12 +74,17 @@ class PPO(Agent):
 
     def training_state(self) -> dict[str, Any]:
         """Return optimisers, counters and the generator."""
-        return {"learner": self.learner.state(), "generator": self.generator.get_state()}
+        return {
+            "learner": self.learner.state(),
+            "generator": self.generator.get_state(),
+            "noise": self.policy.noise,
+        }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`training_state` returned."""
         self.learner.load_state(state["learner"])
         self.generator.set_state(state["generator"])
+        self.policy.noise = state["noise"]
 
 
 AGENT = PPO

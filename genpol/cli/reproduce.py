@@ -32,7 +32,8 @@ from genpol.report.results import ResultRow
 
 SUMMARY = "run an experiment over its seeds and record the results"
 USAGE = """
-usage: genpol reproduce NAME [--seeds 0,1] [--only KEY] [--jobs N] [--dry-run] [--continue]
+usage: genpol reproduce NAME [--seeds 0,1] [--only KEY] [--jobs N]
+                             [--dry-run] [--continue] [--fresh]
 
 Trains every agent of the experiment on each of its environments and seeds, and records each
 evaluation in assets/results/NAME.csv. Ctrl-C stops the run at its next checkpoint; the same command
@@ -44,6 +45,8 @@ starts again where it stopped: finished runs are skipped, an interrupted one is 
   --jobs N       runs at a time (1); wall-clock times are comparable with 1 only
   --dry-run      print the commands and run nothing
   --continue     go on with the other runs after one has failed
+  --fresh        run anew what is finished or was interrupted, and replace its rows; needed after
+                 a recipe or a default has changed, which the commands do not show
   --output DIR   where the run folders go (runs/reproduce)
   --results DIR  where the CSV goes (assets/results)
 
@@ -78,6 +81,7 @@ def run(arguments: list[str]) -> int:
         root=options.output / chosen.name,
         results_file=folder / f"{chosen.name}.csv",
         keep_going=options.keep_going,
+        fresh=options.fresh,
     )
     if options.dry_run:
         for item in plan:
@@ -116,6 +120,7 @@ class _Session:
     root: Path
     results_file: Path
     keep_going: bool = False
+    fresh: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     signalled: threading.Event = field(default_factory=threading.Event)
     _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -133,14 +138,14 @@ class _Session:
 
     def run_one(self, item: Run) -> Outcome:
         """Train one run to its end, unless that has been done."""
-        if self.is_finished(item):
+        if not self.fresh and self.is_finished(item):
             _say(f"{item.name}: already finished")
             return "skipped"
         if self.stop.is_set():
             return "interrupted"
         root = self.root / item.name
         before = _run_folders(root)
-        resumed = _resumable(root, item)
+        resumed = None if self.fresh else _resumable(root, item)
         if resumed is None:
             command = train_command(item.overrides, root)
         else:
@@ -388,6 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_jobs, default=1)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--continue", action="store_true", dest="keep_going")
+    parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--results", type=Path)
     return parser

@@ -211,3 +211,16 @@ def test_a_rollout_that_diverged_everywhere_changes_no_weight():
     learner.update(rollout(policy, diverged=everywhere))
     pairs = zip(before, policy.encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_correlated_noise_keeps_its_marginal():
+    generator = torch.Generator().manual_seed(0)
+    encoder = Encoder(3, 2, PPOSettings(), generator=generator, init="gaussian")
+    policy = DecodedPolicy(encoder, IdentityDecoder(), generator=generator, noise_correlation=0.7)
+    observation = TensorDict({"observation": torch.zeros(4000, 3)}, [4000])
+    with set_exploration_type(ExplorationType.RANDOM):
+        draws = torch.stack([policy(observation)["latent"].clone() for _ in range(6)])
+    flat = draws.flatten(1)
+    assert flat[-1].std().item() == pytest.approx(1.0, abs=0.02)
+    correlations = [torch.corrcoef(flat[[-1 - lag, -1]])[0, 1].item() for lag in (1, 2)]
+    assert correlations == pytest.approx([0.7, 0.49], abs=0.03)

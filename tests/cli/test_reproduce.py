@@ -154,6 +154,14 @@ def test_a_crashed_run_is_marked_then_resumed_and_never_doubled(
     assert scene.recorded() == [(0, 0.5, COMMAND), (100, 1.5, COMMAND), (200, 2.5, COMMAND)]
 
 
+@pytest.mark.parametrize("earlier", ["", "crash"])
+def test_fresh_runs_anew_and_replaces_the_rows(scene: Scene, earlier: str) -> None:
+    scene.run(*ONE, trainer=earlier)
+    assert scene.run(*ONE, "--fresh") == 0
+    assert [call[0] for call in scene.calls] == ["train"]
+    assert scene.recorded() == [(0, 0.5, COMMAND), (100, 1.5, COMMAND), (200, 2.5, COMMAND)]
+
+
 def test_without_a_checkpoint_a_run_starts_afresh(scene: Scene) -> None:
     scene.run(*ONE, trainer="no checkpoint")
     assert scene.run(*ONE) == 0

@@ -22,6 +22,7 @@ SMALL = {
     "minibatches": 2,
     "actor_hidden": [16],
     "critic_hidden": [16],
+    "noise_correlation": 0.5,
 }
 STAGES = {
     "stage_steps": [300],

@@ -117,7 +117,7 @@ class GoRL(Agent):
         encoder = self._make_encoder(settings.encoder_init)
         self.policy = DecodedPolicy(
             encoder,
-            IdentityDecoder(),
+            IdentityDecoder(settings.action_gain),
             generator=self.generator,
             noise_correlation=settings.noise_correlation,
         )

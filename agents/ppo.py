@@ -57,7 +57,7 @@ class PPO(Agent):
         ).to(device)
         self.policy = DecodedPolicy(
             encoder,
-            IdentityDecoder(),
+            IdentityDecoder(settings.action_gain),
             generator=self.generator,
             noise_correlation=settings.noise_correlation,
         )

@@ -76,6 +76,8 @@ class OnPolicySettings:
     """Widths of the actor's hidden layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [64, 64])
     """Widths of the critic's hidden layers."""
+    action_gain: float = 1.0
+    """Factor from the latent to the action before the squash, as long as no decoder is fitted."""
     noise_correlation: float = 0.0
     """Correlation of the exploration noise from one action to the next; 0 is white noise."""
     encoder_init: str = "gaussian"
@@ -91,7 +93,13 @@ class OnPolicySettings:
         """Refuse values out of bounds."""
         for name in ("rollout_steps", "epochs", "minibatches", "learning_rate"):
             check.positive(f"agent.{name}", getattr(self, name))
-        for name in ("critic_learning_rate", "max_grad_norm", "reward_scale", "clip"):
+        for name in (
+            "critic_learning_rate",
+            "max_grad_norm",
+            "reward_scale",
+            "clip",
+            "action_gain",
+        ):
             check.positive(f"agent.{name}", getattr(self, name))
         check.at_least("agent.max_scale", self.max_scale, 1.0)  # N(0, I) must be within reach
         check.widths("agent.actor_hidden", self.actor_hidden)

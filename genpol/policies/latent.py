@@ -11,11 +11,22 @@ from genpol.policies.gaussian import GaussianPolicy
 
 
 class IdentityDecoder(nn.Module):
-    """The decoder ``a = z`` of GoRL's first stage."""
+    """The decoder ``a = z`` of GoRL's first stage, or ``a = gain z``.
+
+    With a gain above 1 a standard normal latent reaches the bounds behind the squash: a robot that
+    lies on its back explores with bursts and not with jitter.
+
+    Args:
+        gain: Factor on the latent.
+    """
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = gain
 
     def sample(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """Return ``noise`` itself."""
-        return noise
+        """Return ``gain * noise``; at a gain of 1 that is ``noise`` itself."""
+        return noise if self.gain == 1.0 else self.gain * noise
 
 
 class GaussianDecoder(GaussianPolicy):

@@ -44,3 +44,8 @@ def test_gaussian_decoder_learns_mean_and_scale():
     mean, scale = decoder(torch.tensor([[0.2], [0.8]]))
     torch.testing.assert_close(mean, torch.tensor([[0.4], [1.6]]), rtol=0, atol=0.1)
     torch.testing.assert_close(scale, torch.full((2, 1), 0.3), rtol=0, atol=0.06)
+
+
+def test_identity_with_gain_scales_the_latent():
+    noise = torch.randn(5, 2)
+    assert torch.equal(IdentityDecoder(2.0).sample(torch.zeros(5, 1), noise), 2.0 * noise)

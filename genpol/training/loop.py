@@ -110,7 +110,7 @@ class Training:
 
     def _make_collector(self) -> Collector:
         # The constructor tries the policy out, which draws noise; a resumed run must not.
-        generator = self.agent.generator.get_state()
+        state = self.agent.training_state()
         with torch.random.fork_rng():
             collector = Collector(
                 self._env,
@@ -121,7 +121,7 @@ class Training:
                 track_traj_ids=False,
                 auto_register_policy_transforms=False,
             )
-        self.agent.generator.set_state(generator)
+        self.agent.load_training_state(state)
         return collector
 
     def _update(self, batch: TensorDict, report: TerminalReport) -> None:

@@ -78,7 +78,7 @@ class MujocoEnv(EnvBase):
             fields=task.fields,
             expanded=task.expanded,
             num_threads=num_threads,
-            persistent=task.persistent,
+            persistent=task.persistent or None,
         )
         task.allocate(num_envs)
         self._all = torch.arange(num_envs)
@@ -242,7 +242,7 @@ class MujocoEnv(EnvBase):
         """Draw simulation ``index`` as ``uint8 [height, width, 3]``."""
         model = self.sim.model_of(index)
         data = self.sim.data_of(index)
-        if self.task.persistent:  # the data are the simulation's own
+        if self.sim.persistent:  # the data are the simulation's own
             data = copy.copy(data)
         mujoco.mj_forward(model, data)
         if self._renderer is None:

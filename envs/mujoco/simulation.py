@@ -33,6 +33,11 @@ _DIVERGENCE = [
 ]
 
 
+# Memory that simulations with an own MjData may take together, and what each takes even if tiny
+# (resident memory, measured with MuJoCo 3.17).
+_PERSISTENT_BYTES = 2**30
+_FIXED_BYTES = 176 * 2**10
+
 _DISABLE_ACTUATION = int(mujoco.mjtDisableBit.mjDSBL_ACTUATION)
 
 
@@ -48,6 +53,7 @@ class BatchedSimulation:
         qvel: Generalised velocities ``[num_envs, nv]``.
         act: Actuator activations ``[num_envs, na]``.
         ctrl: Controls ``[num_envs, nu]``, in the actuators' own units.
+        persistent: Whether each simulation keeps its own ``MjData``.
 
     Args:
         model: The MuJoCo model.
@@ -55,7 +61,9 @@ class BatchedSimulation:
         fields: Names of derived ``MjData`` fields that :meth:`field` will give.
         expanded: Names of ``MjModel`` fields that differ between simulations.
         num_threads: Threads of the pool; 0 takes all cores.
-        persistent: Keep one ``MjData`` per simulation (more memory; needed for contact forces).
+        persistent: Keep one ``MjData`` per simulation, which contact forces need. It saves the
+            second kinematics of every call with :attr:`Stage.VELOCITY`, for more memory; ``None``
+            keeps them where that is estimated at a GiB at most. Results are equal to the bit.
 
     Raises:
         ConfigError: If MuJoCo is older than 3.17, which has no batched stepping.
@@ -69,7 +77,7 @@ class BatchedSimulation:
         fields: Sequence[str] = (),
         expanded: Sequence[str] = (),
         num_threads: int = 0,
-        persistent: bool = False,
+        persistent: bool | None = None,
     ) -> None:
         try:
             from mujoco.batch import Batch, SimulationError
@@ -81,6 +89,9 @@ class BatchedSimulation:
         self.model = model
         self.num_envs = num_envs
         self._simulation_error = SimulationError
+        if persistent is None:
+            persistent = num_envs * _data_bytes(model) <= _PERSISTENT_BYTES
+        self.persistent = persistent
         self._batch = Batch(model, num_envs, num_threads, persistent)
         self.qpos = self._bind("qpos")
         self.qvel = self._bind("qvel")
@@ -203,6 +214,13 @@ class BatchedSimulation:
             # Derived fields are read-only arrays, of which torch has no notion.
             warnings.filterwarnings("ignore", message=".*not writable.*")
             return torch.from_numpy(self._batch.bind(name))
+
+
+def _data_bytes(model: mujoco.MjModel) -> int:
+    """Return about how much memory one ``MjData`` takes, from a step at the default state."""
+    data = mujoco.MjData(model)
+    mujoco.mj_step(model, data)
+    return _FIXED_BYTES + int(data.nbuffer + data.maxuse_arena)
 
 
 def _int32(ids: Tensor) -> np.ndarray:

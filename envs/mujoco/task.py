@@ -20,7 +20,7 @@ class Task(ABC):
     Attributes:
         fields: Derived ``MjData`` fields that the task reads.
         expanded: ``MjModel`` fields that the task sets per simulation (targets, say).
-        persistent: Whether each simulation keeps its own ``MjData``.
+        persistent: Whether each simulation must keep its own ``MjData``.
         stage: How far derived fields are current after a step. ``VELOCITY`` is what dm_control's
             step leaves; ``NONE`` suffices where only ``qpos`` and ``qvel`` are read.
         actuated_start: Whether actuators act in the forces of the first observation.

@@ -14,6 +14,7 @@ from torchrl.envs.utils import RandomPolicy, check_env_specs
 
 from genpol import envs
 from genpol.envs import DMControlSettings, GymSettings, MujocoSettings, Settings
+from genpol.envs.mujoco import simulation
 from genpol.envs.mujoco.env import MujocoEnv
 from genpol.errors import ConfigError
 
@@ -192,6 +193,18 @@ def test_threads_do_not_matter(name: str) -> None:
         env = native(name, num_envs=7, num_threads=num_threads)
         runs.append(run(env, actions(env, 25), seed=0))
     assert_equal(*runs)
+
+
+@pytest.mark.parametrize("name", ["HopperStand", "CheetahRun", "InvertedPendulum-v5"])
+def test_own_data_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = native(name)
+    monkeypatch.setattr(simulation, "_PERSISTENT_BYTES", 0)
+    shared = native(name)
+    assert kept.sim.persistent and not shared.sim.persistent
+    sequence = actions(kept, 25)
+    for env in kept, shared:
+        env._elapsed[1] = env.max_episode_steps - 5  # one of them is reset on the way
+    assert_equal(run(kept, sequence), run(shared, sequence))
 
 
 @pytest.mark.parametrize("name", [*NATIVE, "Humanoid-v5", "Reacher-v5", "FingerTurnHard"])

@@ -44,7 +44,7 @@ def make(
     num_envs: int,
     device: torch.device | str = "cpu",
     seed: int,
-    stagger: bool = False,
+    training: bool = False,
 ) -> EnvBase:
     """Make ``num_envs`` environments in one, of batch size ``[num_envs]``.
 
@@ -53,7 +53,8 @@ def make(
         num_envs: Number of environments.
         device: Where tensors are given and taken.
         seed: Seed of the start states.
-        stagger: Start the first episodes at random clocks, so that ends are spread over time.
+        training: Make them to learn in: the first episodes start at random clocks, so that ends are
+            spread over time, and settings that only concern training apply.
 
     Raises:
         ConfigError: If there is no such task, or it is not one of vectors in and out.
@@ -73,15 +74,16 @@ def make(
                 seed=seed,
                 num_threads=settings.num_threads,
                 action_repeat=settings.action_repeat,
-                stagger=stagger,
+                episode_steps=settings.train_episode_steps if training else 0,
+                stagger=training,
                 device=device,
             )
         case GymSettings():
             from genpol.envs.torchrl_envs import make_gym
 
-            return make_gym(settings, num_envs, device, seed, stagger=stagger)
+            return make_gym(settings, num_envs, device, seed, stagger=training)
         case DMControlSettings():
             from genpol.envs.torchrl_envs import make_dm_control
 
-            return make_dm_control(settings, num_envs, device, seed, stagger=stagger)
+            return make_dm_control(settings, num_envs, device, seed, stagger=training)
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")

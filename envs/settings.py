@@ -19,6 +19,9 @@ class MujocoSettings:
     """Threads that step the physics; 0 takes all cores."""
     action_repeat: int = 1
     """Control steps for which each action is held; rewards add up over them."""
+    train_episode_steps: int = 0
+    """Control steps after which training cuts an episode, which then counts as truncated; 0 for the
+    task's own limit, which evaluation always keeps."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -28,6 +31,7 @@ class MujocoSettings:
             )
         at_least("env.num_threads", self.num_threads, 0)
         at_least("env.action_repeat", self.action_repeat, 1)
+        at_least("env.train_episode_steps", self.train_episode_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def negative_distance(x):
 def bandit():
     """Return a maker of one-step environments with the given reward of the action."""
 
-    def make(reward, *, num_envs=64, seed=0, stagger=False):
+    def make(reward, *, num_envs=64, seed=0, training=False):
         return ToyEnv(reward, num_envs=num_envs, seed=seed)
 
     return make
@@ -126,7 +126,7 @@ def bandit():
 def point_mass():
     """Return a maker of point masses that should move to 0.5 and stay there."""
 
-    def make(*, num_envs=16, seed=0, stagger=False):
+    def make(*, num_envs=16, seed=0, training=False):
         return ToyEnv(
             negative_distance, num_envs=num_envs, seed=seed, episode_steps=10, step_size=0.3
         )

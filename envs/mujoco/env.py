@@ -39,6 +39,7 @@ class MujocoEnv(EnvBase):
         seed: Seed of the start states.
         num_threads: Threads that step the physics; 0 takes all cores.
         action_repeat: Control steps for which each action is held; rewards add up over them.
+        episode_steps: Control steps until truncation; 0 for the task's own limit.
         stagger: Start the first episodes at random clocks, so that ends are spread over time.
         device: Where tensors are given and taken; the physics stays on the CPU.
     """
@@ -54,18 +55,25 @@ class MujocoEnv(EnvBase):
         seed: int,
         num_threads: int = 0,
         action_repeat: int = 1,
+        episode_steps: int = 0,
         stagger: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
-        if task.max_episode_steps % action_repeat != 0:
+        if episode_steps > task.max_episode_steps:
             raise ConfigError(
-                f"env.action_repeat = {action_repeat}: must divide the {task.max_episode_steps} "
+                f"env.train_episode_steps = {episode_steps}: must be at most the "
+                f"{task.max_episode_steps} steps of an episode of {name}"
+            )
+        episode_steps = episode_steps or task.max_episode_steps
+        if episode_steps % action_repeat != 0:
+            raise ConfigError(
+                f"env.action_repeat = {action_repeat}: must divide the {episode_steps} "
                 f"steps of an episode of {name}"
             )
         self.name = name
         self.task = task
-        self.max_episode_steps = task.max_episode_steps
+        self.max_episode_steps = episode_steps
         self.action_repeat = action_repeat
         self.num_diverged = 0
         self.generator = torch.Generator()

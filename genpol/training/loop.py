@@ -29,7 +29,7 @@ from genpol.training.signals import SignalWatch
 class EnvFactory(Protocol):
     """Makes batched environments of the task that is trained."""
 
-    def __call__(self, *, num_envs: int, seed: int, stagger: bool = False) -> EnvBase:
+    def __call__(self, *, num_envs: int, seed: int, training: bool = False) -> EnvBase:
         """Return an environment ``[num_envs]``."""
         ...
 
@@ -58,7 +58,7 @@ class Training:
         self.env_steps = 0
         self.interrupted: str | None = None
         self._env = make_env(
-            num_envs=settings.num_envs, seed=derive(settings.seed, "training"), stagger=True
+            num_envs=settings.num_envs, seed=derive(settings.seed, "training"), training=True
         )
         self._evaluation_seed = derive(settings.evaluation.seed, "evaluation")
         self._evaluation_env = make_env(

@@ -271,13 +271,37 @@ def test_termination_is_not_truncation() -> None:
 
 
 def test_staggered_episodes_end_apart() -> None:
-    env = envs.make(MujocoSettings(name="Reacher-v5"), num_envs=16, seed=0, stagger=True)
+    env = envs.make(MujocoSettings(name="Reacher-v5"), num_envs=16, seed=0, training=True)
     env.reset()
     done = run(env, actions(env, env.max_episode_steps))["done"].squeeze(-1)
     first_end = done.int().argmax(0)
     assert done.any(0).all()
     assert len(first_end.unique()) > 4
     assert (done.sum(0) == 1).all()  # later episodes have full length
+
+
+def test_training_episodes_can_be_shorter() -> None:
+    settings = MujocoSettings(name="HopperStand", train_episode_steps=6, action_repeat=2)
+    env = envs.make(settings, num_envs=16, seed=0, training=True)
+    env.reset()
+    outcome = run(env, actions(env, 9))
+    done = outcome["done"].squeeze(-1)
+    assert (done.sum(0) == 3).all()  # three decisions an episode, the first anywhere within
+    assert (outcome["truncated"] == outcome["done"]).all()
+    assert envs.make(settings, num_envs=1, seed=0).max_episode_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("steps", "repeat", "message"),
+    [
+        (2000, 1, "env.train_episode_steps = 2000: must be at most the 1000 steps"),
+        (25, 2, "env.action_repeat = 2: must divide the 25 steps"),
+    ],
+)
+def test_impossible_episodes_are_refused(steps: int, repeat: int, message: str) -> None:
+    settings = MujocoSettings(train_episode_steps=steps, action_repeat=repeat)
+    with pytest.raises(ConfigError, match=message):
+        envs.make(settings, num_envs=1, seed=0, training=True)
 
 
 def test_old_mujoco_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_no_time_limit_becomes_a_thousand_steps(fragile: GymSettings) -> None:
 
 
 def test_staggered_episodes_end_apart() -> None:
-    env = envs.make(GymSettings(), num_envs=1, seed=0, stagger=True)
+    env = envs.make(GymSettings(), num_envs=1, seed=0, training=True)
     env.reset()
     assert 0 < env._elapsed[0] < 200
     env.reset()

@@ -200,7 +200,8 @@ def test_own_data_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     kept = native(name)
     monkeypatch.setattr(simulation, "_PERSISTENT_BYTES", 0)
     shared = native(name)
-    assert kept.sim.persistent and not shared.sim.persistent
+    assert kept.sim.persistent
+    assert not shared.sim.persistent
     sequence = actions(kept, 25)
     for env in kept, shared:
         env._elapsed[1] = env.max_episode_steps - 5  # one of them is reset on the way

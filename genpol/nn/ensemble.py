@@ -1,0 +1,76 @@
+"""Several multilayer perceptrons of one shape, computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from genpol.nn.mlp import ACTIVATIONS, lecun_uniform_
+from genpol.settings import one_of
+
+
+class EnsembleMLP(nn.Module):
+    """``num_members`` independent perceptrons as batched matrix products.
+
+    Initialised like :class:`~genpol.nn.mlp.MLP`, each member from its own draws.
+
+    Args:
+        num_members: Size of the ensemble.
+        input_dim: Width of the input.
+        output_dim: Width of the output, which passes no activation.
+        hidden: Widths of the hidden layers.
+        activation: One of :data:`~genpol.nn.mlp.ACTIVATIONS`.
+        layer_norm: Normalise behind every hidden linear layer, before the activation.
+        generator: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        num_members: int,
+        input_dim: int,
+        output_dim: int,
+        hidden: Sequence[int],
+        *,
+        activation: str = "relu",
+        layer_norm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("activation", activation, ACTIVATIONS)
+        self.num_members = num_members
+        self.activation = activation
+        widths = list(pairwise((input_dim, *hidden, output_dim)))
+        self.weights = nn.ParameterList(
+            torch.empty(num_members, fan_in, fan_out) for fan_in, fan_out in widths
+        )
+        self.biases = nn.ParameterList(
+            torch.zeros(num_members, 1, fan_out) for _, fan_out in widths
+        )
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, elementwise_affine=False) for width in hidden if layer_norm
+        )
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew and zero the biases."""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            for member in weight:
+                lecun_uniform_(member.T, generator)
+            bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, input_dim]`` to ``[num_members, B, output_dim]``."""
+        activate = ACTIVATIONS[self.activation][0]
+        hidden = x.expand(self.num_members, *x.shape)
+        last = len(self.weights) - 1
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            hidden = torch.baddbmm(bias, hidden, weight)
+            if index < last:
+                if self.norms:
+                    hidden = self.norms[index](hidden)
+                hidden = activate(hidden)
+        return hidden

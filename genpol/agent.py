@@ -81,3 +81,23 @@ class Agent(nn.Module, ABC):
     @abstractmethod
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`training_state` returned."""
+
+
+class ReplayAgent(Agent):
+    """An agent that learns from transitions of the past.
+
+    The loop keeps the replay: it adds every rollout, shows it to :meth:`observe`, and calls
+    :meth:`~Agent.update` with ``batch_size`` transitions as often as that asks for.
+
+    Attributes:
+        batch_size: Transitions per update.
+        replay_capacity: Transitions that the replay holds.
+    """
+
+    source = "replay"
+    batch_size: int
+    replay_capacity: int
+
+    @abstractmethod
+    def observe(self, rollout: TensorDict) -> int:
+        """Take note of a rollout ``[num_envs, time]`` and return how many updates are due."""

@@ -79,6 +79,7 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     # one, on the cores that the physics threads need. A short spin is worth up to 1.6 times the
     # training speed on two cores, and costs torch nothing.
     environ.setdefault("GOMP_SPINCOUNT", "20000")
+    environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # torchrl tells of every buffer it makes
     if sys.platform == "linux" and "DISPLAY" not in environ:
         # Without a display MuJoCo's default, GLFW, cannot render; EGL can, also in software.
         environ.setdefault("MUJOCO_GL", "egl")

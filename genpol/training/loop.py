@@ -13,7 +13,8 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, ExplorationType
 
-from genpol.agent import Agent
+from genpol.agent import Agent, ReplayAgent
+from genpol.data.replay import Replay
 from genpol.errors import CheckpointError, NonFiniteError
 from genpol.seeding import derive
 from genpol.training import checkpoint
@@ -65,6 +66,7 @@ class Training:
             num_envs=min(settings.evaluation.episodes, settings.num_envs),
             seed=self._evaluation_seed,
         )
+        self._replay = _make_replay(agent, settings)
         self._episodes = EpisodeTracker(settings.num_envs)
         self._evaluated_at = self._saved_at = -1
         self._started = time.monotonic()
@@ -127,7 +129,7 @@ class Training:
     def _update(self, batch: TensorDict, report: TerminalReport) -> None:
         returns = self._episodes.update(batch)
         try:
-            metrics = self.agent.update(batch)
+            metrics = self._learn(batch)
         except NonFiniteError as error:
             folder = write_dump(
                 self.run.path / f"dump-{self.env_steps}",
@@ -146,6 +148,20 @@ class Training:
         if "stage" in metrics:
             shown["stage"] = float(metrics["stage"])
         report.update(self.env_steps, **shown)
+
+    def _learn(self, rollout: TensorDict) -> dict[str, Tensor]:
+        """Update the agent on the rollout itself, or on what the replay then holds."""
+        if not isinstance(self.agent, ReplayAgent):
+            return self.agent.update(rollout)
+        assert self._replay is not None
+        self._replay.extend(rollout)
+        updates = self.agent.observe(rollout) if len(self._replay) > 0 else 0
+        size = self.agent.batch_size
+        history = [self.agent.update(self._replay.sample(size)) for _ in range(updates)]
+        return {
+            name: torch.stack([metrics[name] for metrics in history]).mean()
+            for name in (history[-1] if history else ())
+        }
 
     def _evaluate(self, report: TerminalReport) -> Evaluation:
         settings = self.settings.evaluation
@@ -173,6 +189,7 @@ class Training:
             "training": self.agent.training_state(),
             "simulation": self._env.state_dict_of_simulation(),
             "episodes": self._episodes.state(),
+            "replay": None if self._replay is None else self._replay.state(),
             "torch_generator": torch.get_rng_state(),
             "env_steps": self.env_steps,
             "evaluated_at": self._evaluated_at,
@@ -213,6 +230,8 @@ class Training:
         if state["simulation"] is not None:
             self._env.load_simulation(state["simulation"])
             self._episodes.load_state(state["episodes"])
+        if self._replay is not None:
+            self._replay.load_state(state["replay"])
         torch.set_rng_state(state["torch_generator"])
         self.env_steps = self._saved_at = state["env_steps"]
         self._evaluated_at = state["evaluated_at"]
@@ -225,6 +244,12 @@ class Training:
         for env in (self._env, self._evaluation_env):
             if not env.is_closed:
                 env.close()
+
+
+def _make_replay(agent: Agent, settings: TrainSettings) -> Replay | None:
+    if not isinstance(agent, ReplayAgent):
+        return None
+    return Replay(agent.replay_capacity, seed=derive(settings.seed, "replay"))
 
 
 def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:

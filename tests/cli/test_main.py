@@ -155,13 +155,14 @@ def test_process_is_prepared_before_the_command_is_imported() -> None:
     environ: dict[str, str] = {}
     entry.prepare_process(environ)
     assert environ["GOMP_SPINCOUNT"] == "20000"
+    assert environ["RL_LOGGING_LEVEL"] == "WARNING"
     assert environ.get("MUJOCO_GL") == ("egl" if sys.platform == "linux" else None)
 
 
 def test_settings_of_the_user_are_kept() -> None:
-    environ = {"GOMP_SPINCOUNT": "1", "MUJOCO_GL": "osmesa"}
+    environ = {"GOMP_SPINCOUNT": "1", "RL_LOGGING_LEVEL": "INFO", "MUJOCO_GL": "osmesa"}
     entry.prepare_process(environ)
-    assert environ == {"GOMP_SPINCOUNT": "1", "MUJOCO_GL": "osmesa"}
+    assert environ == {"GOMP_SPINCOUNT": "1", "RL_LOGGING_LEVEL": "INFO", "MUJOCO_GL": "osmesa"}
 
 
 def test_display_keeps_the_renderer_of_mujoco() -> None:

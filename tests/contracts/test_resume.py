@@ -31,6 +31,21 @@ STAGES = {
     "fit_steps": 10,
     "fit_batch_size": 64,
 }
+REPLAY = {
+    "rollout_steps": 7,
+    "warmup_steps": 150,
+    "updates_per_step": 0.1,
+    "batch_size": 32,
+    "replay_capacity": 500,
+    "actor_hidden": [16],
+    "critic_hidden": [16],
+}
+SETTINGS = {
+    "ppo": SMALL,
+    "gorl": SMALL | STAGES,
+    "sac": REPLAY,
+    "mdpo_off_policy": REPLAY | {"critic": "v", "reference_period": 200},
+}
 
 
 def start(folder, make_env, total_steps, *, agent="ppo", run=None, seed=0, num_envs=16, **extra):
@@ -44,7 +59,7 @@ def start(folder, make_env, total_steps, *, agent="ppo", run=None, seed=0, num_e
         env=None,
         agent=None,
     )
-    options = agents.settings_class(agent)(**(SMALL | (STAGES if agent == "gorl" else {}) | extra))
+    options = agents.settings_class(agent)(**(SETTINGS[agent] | extra))
     specs = Specs.from_env(make_env(num_envs=1), num_envs=num_envs)
     made = agents.make(agent, options, specs, seed=seed)
     if run is None:
@@ -58,7 +73,12 @@ def weights_of(training):
 
 # 112 steps per update; GoRL's stages change after 3 updates, data come for 3 more.
 @pytest.mark.parametrize(
-    ("agent", "half"), [("ppo", 448), ("gorl", 224), ("gorl", 448), ("gorl", 896)]
+    ("agent", "half"),
+    [
+        *[("ppo", 448), ("gorl", 224), ("gorl", 448), ("gorl", 896)],
+        # in the warm-up; with a replay that has begun to overwrite
+        *[("sac", 112), ("sac", 672), ("mdpo_off_policy", 672)],
+    ],
 )
 def test_resume_is_exact(tmp_path, point_mass, agent, half):
     straight = start(tmp_path / "a", point_mass, 1344, agent=agent)

@@ -10,6 +10,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from genpol import agents
 from genpol.agent import Specs
 from genpol.agents.gorl import Settings, fit_decoder
+from genpol.data.replay import Replay
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder
 from genpol.training.evaluation import evaluate
@@ -40,6 +41,32 @@ def make(name, env, **settings):
     return agents.make(name, agents.settings_class(name)(**settings), specs, seed=0)
 
 
+REPLAY = {
+    "rollout_steps": 10,
+    "warmup_steps": 500,
+    "updates_per_step": 0.05,
+    "batch_size": 128,
+    "gamma": 0.9,
+    "polyak": 0.05,
+    "learning_rate": 3e-3,
+    "critic_learning_rate": 3e-3,
+    "temperature": 0.05,
+    "learn_temperature": False,
+    "actor_hidden": [32],
+    "critic_hidden": [32],
+}
+
+
+def train_from_replay(agent, env, rollouts):
+    replay = Replay(agent.replay_capacity, seed=0)
+    for _ in range(rollouts):
+        with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+            batch = env.rollout(10, agent.policy, break_when_any_done=False)
+        replay.extend(batch)
+        for _ in range(agent.observe(batch)):
+            agent.update(replay.sample(agent.batch_size))
+
+
 def train(agent, env, updates):
     for _ in range(updates):
         with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
@@ -65,6 +92,24 @@ def test_point_mass_is_driven_to_its_goal(point_mass, name, extra):
     assert after > -0.8  # two steps of travel cost about 0.6
     if name == "gorl":
         assert agent.stage == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("sac", {}),
+        ("mdpo_off_policy", {"kl_coefficient": 0.1}),
+        ("mdpo_off_policy", {"kl_coefficient": 0.1, "critic": "v", "tsallis_index": 1.5}),
+    ],
+)
+def test_point_mass_is_driven_to_its_goal_from_replay(point_mass, name, extra):
+    env = point_mass(num_envs=64)
+    agent = make(name, env, **(REPLAY | extra))
+    before = evaluate(agent.policy, point_mass(num_envs=32), episodes=32, seed=1).returns.mean()
+    train_from_replay(agent, env, 20)
+    after = evaluate(agent.policy, point_mass(num_envs=32), episodes=32, seed=1).returns.mean()
+    assert before < -3.0
+    assert after > -0.8
 
 
 def test_flow_decoder_absorbs_a_behaviour_with_two_modes(bandit):

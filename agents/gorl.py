@@ -36,7 +36,7 @@ from genpol import settings as check
 from genpol.agent import Agent, Specs
 from genpol.errors import ConfigError, NonFiniteError
 from genpol.nn.optimizer import GuardedOptimizer
-from genpol.on_policy import DecodedPolicy, Encoder, OnPolicySettings, PPOLearner
+from genpol.on_policy import DecodedPolicy, Encoder, OnPolicyLearner, OnPolicySettings
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder, IdentityDecoder
@@ -121,7 +121,7 @@ class GoRL(Agent):
             generator=self.generator,
             noise_correlation=settings.noise_correlation,
         )
-        self.learner = PPOLearner(encoder, settings, generator=self.generator)
+        self.learner = self._make_learner(encoder)
         self.stage = 0
         self._steps_in_stage = 0
         self._fit_gradient_steps = 0
@@ -170,19 +170,19 @@ class GoRL(Agent):
             metrics = fit_decoder(decoder, data, settings, self.generator)
             self._fit_gradient_steps += settings.fit_steps
             self.policy.decoder = decoder.requires_grad_(False)
-        encoder, gradient_steps = self.policy.encoder, self.learner.gradient_steps
+        encoder = self.policy.encoder
         if settings.restart != "warm_start":
             init = "fresh" if settings.restart == "fresh" else "gaussian"
             encoder = self._make_encoder(init)
             if settings.restart == "gaussian_warm_value":
-                encoder.critic.load_state_dict(self.policy.encoder.critic.state_dict())
-                encoder.normalizer.load_state_dict(self.policy.encoder.normalizer.state_dict())
+                encoder.copy_critics(self.policy.encoder)
             else:
                 encoder.normalizer.update(data["observation"], mask=~data["diverged"].squeeze(-1))
         self.policy.encoder = encoder
         self._skipped += self.learner.skipped
-        self.learner = PPOLearner(encoder, settings, generator=self.generator)
-        self.learner.gradient_steps = gradient_steps
+        learner = self._make_learner(encoder)
+        learner.continue_from(self.learner)
+        self.learner = learner
         return metrics
 
     def _make_encoder(self, init: str) -> Encoder:
@@ -195,6 +195,14 @@ class GoRL(Agent):
             init=init,
         )
         return encoder.to(self.device)
+
+    def _make_learner(self, encoder: Encoder) -> OnPolicyLearner:
+        return OnPolicyLearner(
+            encoder,
+            self.settings,
+            generator=self.generator,
+            action_repeat=self.specs.action_repeat,
+        )
 
     def make_decoder(self) -> GenerativeDecoder:
         """Return a freshly initialised decoder of the kind that the settings name."""

@@ -33,7 +33,7 @@ def bapo_bounds(
     low_step: float,
     high_step: float,
     share: float,
-    measure: Literal["grad", "value"] = "grad",
+    measure: str = "grad",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Search the ratio bounds at which positive advantages contribute their share (BAPO).
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +153,7 @@ def mdpo_step_size(
     iteration: int,
     total: int,
     *,
-    form: Literal["genpol", "released"] = "genpol",
+    form: str = "genpol",
     floor: float = 0.0,
 ) -> float:
     """Return the mirror step of an iteration, annealed linearly (arXiv 2005.09814).

@@ -15,8 +15,10 @@ from genpol.agent import Specs
 from genpol.agents.gorl import Settings as GoRLSettings
 from genpol.agents.ppo import Settings as PPOSettings
 from genpol.errors import ConfigError
-from genpol.objectives.ppo import clipped_surrogate
-from genpol.on_policy import DecodedPolicy, Encoder, PPOLearner, _Rollout
+from genpol.objectives.surrogates import ppo_clip
+from genpol.on_policy import DecodedPolicy, Encoder, OnPolicyLearner
+from genpol.on_policy.likelihood import gaussian_kl
+from genpol.on_policy.surrogates import SURROGATES, BPOSettings, MDPOSettings
 from genpol.policies.gaussian import log_prob
 from genpol.policies.latent import IdentityDecoder
 
@@ -57,7 +59,7 @@ def test_first_ratio_is_one_even_after_statistics_changed():
     # One minibatch of one pass sees the weights that acted; clipping and divergence must be nil.
     policy, generator = make_policy()
     settings = PPOSettings(epochs=1, minibatches=1)
-    learner = PPOLearner(policy.encoder, settings, generator=generator)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
     learner.update(rollout(policy))
     metrics = learner.update(rollout(policy, seed=2))
     assert metrics["policy/approx_kl"].abs() < 1e-6
@@ -68,7 +70,7 @@ def test_first_ratio_is_one_even_after_statistics_changed():
 def test_ratio_leaves_one_after_a_step():
     policy, generator = make_policy()
     settings = PPOSettings(epochs=4, minibatches=2, learning_rate=1e-2)
-    metrics = PPOLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
+    metrics = OnPolicyLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
     assert metrics["policy/approx_kl"] > 1e-5
 
 
@@ -100,7 +102,7 @@ def test_no_gradient_reaches_the_decoder():
     decoder = agents.make("gorl", GoRLSettings(), SPECS, seed=0).make_decoder()
     policy, generator = make_policy(decoder=decoder)
     before = copy.deepcopy(decoder.state_dict())
-    PPOLearner(policy.encoder, PPOSettings(), generator=generator).update(rollout(policy))
+    OnPolicyLearner(policy.encoder, PPOSettings(), generator=generator).update(rollout(policy))
     assert all(parameter.grad is None for parameter in decoder.parameters())
     after = decoder.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -117,8 +119,8 @@ def test_score_function_gradient_matches_the_closed_form():
     mean = torch.tensor(mu, dtype=torch.float64, requires_grad=True)
     scale = torch.full((len(z), 1), sigma, dtype=torch.float64)
     new = log_prob(mean.expand(len(z), 1), scale, z[:, None])
-    loss, _ = clipped_surrogate(new - new.detach(), advantage, 0.2)
-    loss.backward()
+    loss = ppo_clip(new - new.detach(), advantage, clip_low=0.2, clip_high=0.2)
+    loss.mean().backward()
     expected = -2 * w * (w * mu - 1)
     assert -mean.grad.item() == pytest.approx(estimate.item(), rel=1e-9)
     assert -mean.grad.item() == pytest.approx(expected, abs=0.01)
@@ -139,14 +141,22 @@ def test_ridge_and_entropy_settle_at_the_predicted_scale():
     )
     encoder = Encoder(3, 4, settings, generator=generator, init="gaussian")
     policy = DecodedPolicy(encoder, IdentityDecoder(), generator=generator)
-    learner = PPOLearner(encoder, settings, generator=generator)
+    learner = OnPolicyLearner(encoder, settings, generator=generator)
     observation = torch.randn(64, 3, generator=generator)
     for _ in range(500):
         mean, scale = encoder(observation)
         rows = TensorDict({"observation": observation}, [64])
         policy(rows)
         zero = torch.zeros(64)
-        learner._step(_Rollout(observation, rows["latent"], rows["latent_log_prob"], zero, zero))
+        learner._step(
+            {
+                "observation": observation,
+                "latent": rows["latent"],
+                "log_prob": rows["latent_log_prob"],
+                "advantage": zero,
+                "target": zero,
+            }
+        )
     assert scale.mean().item() == pytest.approx(4.472, abs=0.05)
     assert mean.abs().max() < 0.05
 
@@ -159,7 +169,7 @@ def test_diverged_transitions_teach_nothing():
     results = []
     for value in (0.0, 1e6):
         policy, generator = make_policy()
-        learner = PPOLearner(policy.encoder, settings, generator=generator)
+        learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
         reward = torch.ones(8, 6, 1)
         reward[2, 5] = value
         learner.update(rollout(policy, reward=reward, diverged=diverged))
@@ -174,14 +184,14 @@ def test_every_option_gives_finite_updates(advantage, prior):
         advantage=advantage, prior=prior, entropy_coefficient=0.01, squashed_entropy=True
     )
     policy, generator = make_policy(settings)
-    metrics = PPOLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
+    metrics = OnPolicyLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in metrics.values())
 
 
 def test_step_size_follows_the_divergence():
     policy, generator = make_policy()
     settings = PPOSettings(target_kl=0.5, epochs=1, minibatches=1)
-    learner = PPOLearner(policy.encoder, settings, generator=generator)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
     metrics = learner.update(rollout(policy))  # one step from ratio one: far below the target
     assert metrics["policy/learning_rate"] == pytest.approx(1.5e-3)
 
@@ -190,7 +200,7 @@ def test_without_reward_exploration_stays_as_it_is():
     # Adam knows no scale: the prior's gradient alone would shrink sigma within a few updates.
     settings = PPOSettings(prior="ridge", prior_coefficient=2e-3, minibatches=2)
     policy, generator = make_policy(settings, init="gaussian")
-    learner = PPOLearner(policy.encoder, settings, generator=generator)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
     for seed in range(10):
         metrics = learner.update(rollout(policy, seed=seed, reward=torch.zeros(8, 6, 1)))
     _, scale = policy.encoder(torch.randn(20, 3))
@@ -205,7 +215,7 @@ def test_too_few_rows_for_the_minibatches_are_refused():
 
 def test_a_rollout_that_diverged_everywhere_changes_no_weight():
     policy, generator = make_policy()
-    learner = PPOLearner(policy.encoder, PPOSettings(), generator=generator)
+    learner = OnPolicyLearner(policy.encoder, PPOSettings(), generator=generator)
     before = copy.deepcopy(list(policy.encoder.parameters()))
     everywhere = torch.ones(8, 6, 1, dtype=torch.bool)
     learner.update(rollout(policy, diverged=everywhere))
@@ -224,3 +234,130 @@ def test_correlated_noise_keeps_its_marginal():
     assert flat[-1].std().item() == pytest.approx(1.0, abs=0.02)
     correlations = [torch.corrcoef(flat[[-1 - lag, -1]])[0, 1].item() for lag in (1, 2)]
     assert correlations == pytest.approx([0.7, 0.49], abs=0.03)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_every_surrogate_starts_at_ratio_one_and_moves(surrogate):
+    settings = PPOSettings(surrogate=surrogate, minibatches=2, target_kl=0.0)
+    policy, generator = make_policy(settings)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    still = PPOSettings(surrogate=surrogate, epochs=1, minibatches=1, target_kl=0.0)
+    first = OnPolicyLearner(copy.deepcopy(policy.encoder), still, generator=generator)
+    assert first.update(rollout(policy))["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    before = [x.clone() for x in policy.encoder.actor.parameters()]
+    metrics = learner.update(rollout(policy))
+    assert all(torch.isfinite(value).all() for value in metrics.values())
+    assert not all(map(torch.equal, before, policy.encoder.actor.parameters()))
+
+
+@pytest.mark.parametrize("surrogate", ["r2vpo", "ppo_ewma"])
+def test_what_a_surrogate_remembers_is_saved(surrogate):
+    settings = PPOSettings(surrogate=surrogate, minibatches=2, learning_rate=1e-2)
+    policy, generator = make_policy(settings)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner.update(rollout(policy))
+    fresh = OnPolicyLearner(copy.deepcopy(policy.encoder), settings, generator=generator)
+    assert not same(fresh.surrogate.state(), learner.surrogate.state())
+    fresh.load_state(learner.state())
+    assert same(fresh.surrogate.state(), learner.surrogate.state())
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return all(same(a[name], b[name]) for name in a)
+    return torch.equal(a, b)
+
+
+def test_gaussian_divergence_is_new_against_old():
+    draw = torch.Generator().manual_seed(0)
+    mean, old_mean = torch.randn(2, 7, 3, generator=draw)
+    scale, old_scale = torch.rand(2, 7, 3, generator=draw) + 0.1
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, scale), torch.distributions.Normal(old_mean, old_scale)
+    ).sum(-1)
+    torch.testing.assert_close(gaussian_kl(mean, scale, old_mean, old_scale), expected)
+
+
+def mirror_learner(**settings):
+    options = PPOSettings(
+        surrogate="mdpo", minibatches=1, prior="none", target_kl=0.0, learning_rate=1e-3, **settings
+    )
+    policy, generator = make_policy(options)
+    return policy, OnPolicyLearner(policy.encoder, options, generator=generator)
+
+
+@pytest.mark.parametrize(("step_size", "bound"), [(1.0, (0.05, 10.0)), (0.02, (0.0, 0.02))])
+def test_the_divergence_of_mirror_descent_holds_the_policy_back(step_size, bound):
+    policy, learner = mirror_learner(
+        epochs=100, mdpo=MDPOSettings(schedule_steps=48, floor=step_size)
+    )
+    learner.surrogate.step_size = step_size
+    rows = kept(learner, policy)
+    learner._optimise(rows)
+    mean, scale = policy.encoder.actor.at_normalized(rows["observation"])
+    divergence = gaussian_kl(mean, scale, rows["mean"], rows["scale"]).mean().item()
+    assert bound[0] < divergence < bound[1]
+
+
+def test_the_first_step_of_mirror_descent_is_the_policy_gradient():
+    policy, learner = mirror_learner(epochs=1)
+    rows = kept(learner, policy)
+    evaluation = learner._likelihood.evaluate(rows)
+    parameters = list(policy.encoder.actor.parameters())
+    gradients = torch.autograd.grad(evaluation.divergence().mean(), parameters)
+    assert max(gradient.abs().max().item() for gradient in gradients) < 1e-6
+
+
+def kept(learner, policy):
+    return learner._prepare(rollout(policy, seed=5))[0]
+
+
+def test_the_mirror_step_size_falls_along_the_budget():
+    policy, learner = mirror_learner(epochs=1, mdpo=MDPOSettings(schedule_steps=4 * 48, floor=0.3))
+    sizes = [float(learner.update(rollout(policy))["policy/step_size"]) for _ in range(6)]
+    assert sizes == pytest.approx([1.0, 0.75, 0.5, 0.3, 0.3, 0.3])
+
+
+def test_the_critic_may_take_more_steps_than_the_actor():
+    policy, generator = make_policy()
+    settings = PPOSettings(epochs=3, minibatches=1, critic_minibatches=4)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner.update(rollout(policy))
+    state = learner.state()
+    assert state["actor_optimizer"]["moments"][0]["step"] == 3
+    assert state["critic_optimizer"]["moments"][0]["step"] == 12
+
+
+def test_critic_minibatches_must_be_a_multiple():
+    with pytest.raises(ConfigError, match=r"agent\.critic_minibatches = 5: must be a multiple"):
+        PPOSettings(minibatches=2, critic_minibatches=5)
+
+
+def test_the_median_critic_tends_to_the_median_and_the_other_to_the_mean():
+    settings = PPOSettings(
+        surrogate="bpo",
+        bpo=BPOSettings(median_temperature=0.05),
+        critic_learning_rate=1e-2,
+        critic_hidden=[8],
+        epochs=100,
+        minibatches=1,
+    )
+    policy, generator = make_policy(settings)
+    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    target = torch.tensor([0.0, 0.0, 0.0, 1.0, 4.0]).repeat(20)
+    observation = torch.zeros(100, 3)
+    rows = TensorDict({"observation": observation}, [100])
+    policy(rows)
+    for _ in range(6):
+        learner._optimise(
+            {
+                "observation": observation,
+                "latent": rows["latent"],
+                "log_prob": rows["latent_log_prob"],
+                "advantage": torch.zeros(100),
+                "target": target,
+            }
+        )
+    value, median = policy.encoder.values_at_normalized(observation[:1])
+    assert value.item() == pytest.approx(1.0, abs=0.05)
+    assert median.item() == pytest.approx(0.0, abs=0.1)

@@ -42,6 +42,8 @@ REPLAY = {
 }
 SETTINGS = {
     "ppo": SMALL,
+    "bpo": SMALL,
+    "mdpo": SMALL | {"critic_minibatches": 4},
     "gorl": SMALL | STAGES,
     "sac": REPLAY,
     "mdpo_off_policy": REPLAY | {"critic": "v", "reference_period": 200},
@@ -77,6 +79,7 @@ def weights_of(training):
     [
         *[("ppo", 448), ("gorl", 224), ("gorl", 448), ("gorl", 896)],
         # in the warm-up; with a replay that has begun to overwrite
+        *[("bpo", 448), ("mdpo", 448)],
         *[("sac", 112), ("sac", 672), ("mdpo_off_policy", 672)],
     ],
 )

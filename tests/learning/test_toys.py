@@ -11,6 +11,7 @@ from genpol import agents
 from genpol.agent import Specs
 from genpol.agents.gorl import Settings, fit_decoder
 from genpol.data.replay import Replay
+from genpol.on_policy.surrogates import BPOSettings, MDPOSettings
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder
 from genpol.training.evaluation import evaluate
@@ -77,7 +78,9 @@ def train(agent, env, updates):
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("ppo", {}),
+        *[("ppo", {"surrogate": name}) for name in ("ppo", "r2vpo", "mhpo", "kl_cov")],
+        ("bpo", {"bpo": BPOSettings(temperature=0.1)}),
+        ("mdpo", {"mdpo": MDPOSettings(schedule_steps=32_000), "critic_minibatches": 2}),
         ("gorl", STAGES | {"decoder": "flow"}),
         ("gorl", STAGES | {"decoder": "diffusion"}),
     ],

@@ -1,4 +1,4 @@
-"""The terms of PPO's loss as pure functions; each returns a scalar and its metrics.
+"""What is added to a surrogate: critic, prior and entropy terms; each a scalar and its metrics.
 
 Optional weights, one per row ``[...]``, are non-negative and average: ``sum(w x) / sum(w)``. Rows
 of weight zero may hold NaN: neither loss nor gradient with respect to the arguments sees it.
@@ -15,37 +15,6 @@ from torch.nn import functional as F
 from genpol.nn.masked import weighted_mean
 
 Loss = tuple[Tensor, dict[str, Tensor]]
-
-
-def clipped_surrogate(
-    log_ratio: Tensor, advantage: Tensor, clip: float, weight: Tensor | None = None
-) -> Loss:
-    """Return ``-mean min(rho A, clip(rho, 1 - c, 1 + c) A)`` (PPO, arXiv 1707.06347, equation 7).
-
-    Args:
-        log_ratio: ``log rho``, log-density under the current minus under the behaviour policy.
-        advantage: Of the same shape; normalise it beforehand if wanted.
-        clip: The range c.
-        weight: Weights that broadcast to the shape.
-
-    Returns:
-        The loss; and ``policy/approx_kl`` (the estimator ``rho - 1 - log rho``),
-        ``policy/clip_fraction`` and ``policy/ratio_max``.
-    """
-    log_ratio = _masked(log_ratio, weight)
-    advantage = _masked(advantage, weight)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
-    loss = -weighted_mean(torch.minimum(ratio * advantage, clipped * advantage), weight)
-    with torch.no_grad():
-        outside = (ratio - 1.0).abs() > clip
-        metrics = {
-            "loss/policy": loss.detach(),
-            "policy/approx_kl": weighted_mean(torch.expm1(log_ratio) - log_ratio, weight),
-            "policy/clip_fraction": weighted_mean(outside.to(ratio.dtype), weight),
-            "policy/ratio_max": ratio.max(),
-        }
-    return loss, metrics
 
 
 def value_loss(value: Tensor, target: Tensor, weight: Tensor | None = None) -> Loss:

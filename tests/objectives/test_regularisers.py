@@ -5,50 +5,13 @@ import math
 import pytest
 import torch
 
-from genpol.objectives.ppo import (
-    clipped_surrogate,
+from genpol.objectives.regularisers import (
     ridge,
     standard_normal_kl,
     tanh_entropy_correction,
     value_loss,
 )
 from genpol.policies.gaussian import entropy
-
-
-def test_surrogate_at_ratio_one_is_the_mean_advantage():
-    advantage = torch.randn(10)
-    loss, metrics = clipped_surrogate(torch.zeros(10), advantage, 0.2)
-    torch.testing.assert_close(loss, -advantage.mean())
-    assert metrics["policy/approx_kl"] == 0
-    assert metrics["policy/clip_fraction"] == 0
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "expected", "flows"),
-    [
-        (1.5, 1.0, -1.2, False),  # good and already likelier: clipped
-        (0.5, 1.0, -0.5, True),
-        (1.5, -1.0, 1.5, True),
-        (0.5, -1.0, 0.8, False),  # bad and already rarer: clipped
-    ],
-)
-def test_clipping_cuts_the_gradient_on_the_right_side(ratio, advantage, expected, flows):
-    log_ratio = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, metrics = clipped_surrogate(log_ratio, torch.tensor([advantage]), 0.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected)
-    assert (log_ratio.grad.item() != 0) == flows
-    assert metrics["policy/clip_fraction"] == 1
-
-
-def test_weight_zero_hides_nan_from_loss_and_gradient():
-    log_ratio = torch.tensor([0.1, torch.nan], requires_grad=True)
-    weight = torch.tensor([1.0, 0.0])
-    loss, metrics = clipped_surrogate(log_ratio, torch.tensor([2.0, torch.nan]), 0.2, weight)
-    loss.backward()
-    assert loss.item() == pytest.approx(-2 * math.exp(0.1))
-    assert log_ratio.grad[1] == 0
-    assert all(metric.isfinite() for metric in metrics.values())
 
 
 def test_value_loss_is_the_weighted_mean_square():

@@ -1,0 +1,107 @@
+"""Hyper-parameters that the on-policy agents share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from genpol import settings as check
+from genpol.agent import Specs
+from genpol.errors import ConfigError
+from genpol.on_policy.surrogates import SurrogateSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicySettings(SurrogateSettings):
+    """Hyper-parameters that the on-policy agents share."""
+
+    rollout_steps: int = 64
+    """Actions of every environment between two updates."""
+    epochs: int = 4
+    """Passes over each rollout."""
+    minibatches: int = 16
+    """Optimiser steps per pass."""
+    critic_minibatches: int = 0
+    """The critic's optimiser steps per pass; 0 takes `minibatches`, and must be a multiple."""
+    gamma: float = 0.99
+    """Discount per decision."""
+    gae_lambda: float = 0.95
+    """Decay of generalised advantage estimation."""
+    advantage: str = "gae"
+    """Estimator: textbook `gae`, or `brax` (no lambda on the first link)."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    squashed_entropy: bool = False
+    """Whether the entropy is that of the action after tanh (penalises saturation)."""
+    prior: str = "kl"
+    """What holds the latent near N(0, I): `kl`, `ridge` (the released code; its optimum is a point
+    mass) or `none`."""
+    prior_coefficient: float = 1e-2
+    """Weight of that regulariser."""
+    learning_rate: float = 1e-3
+    """Adam step size of the actor at the start."""
+    critic_learning_rate: float = 1e-3
+    """Adam step size of the critic."""
+    target_kl: float = 0.015
+    """Divergence per update to which the actor's step size adapts; 0 keeps it constant."""
+    max_grad_norm: float = 0.5
+    """Gradients of actor and critic are each clipped to this global norm."""
+    reward_scale: float = 0.1
+    """Rewards are multiplied by this before the critic sees them."""
+    actor_hidden: list[int] = field(default_factory=lambda: [64, 64])
+    """Widths of the actor's hidden layers."""
+    critic_hidden: list[int] = field(default_factory=lambda: [64, 64])
+    """Widths of the critic's hidden layers."""
+    action_gain: float = 1.0
+    """Factor from the latent to the action before the squash, as long as no decoder is fitted."""
+    noise_correlation: float = 0.0
+    """Correlation of the exploration noise from one action to the next; 0 is white noise."""
+    encoder_init: str = "gaussian"
+    """`gaussian` starts at exactly N(0, I) for every observation, `fresh` at random weights."""
+    max_scale: float = 10.0
+    """Upper bound of the standard deviation."""
+    normalizer: str = "exact"
+    """Merge of observation statistics; `released` reproduces the defect of the GoRL release."""
+    nonfinite_patience: int = 10
+    """Non-finite losses in a row that stop the run."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of bounds."""
+        super().__post_init__()
+        for name in (
+            *("rollout_steps", "epochs", "minibatches", "learning_rate", "critic_learning_rate"),
+            *("max_grad_norm", "reward_scale", "action_gain"),
+        ):
+            check.positive(f"agent.{name}", getattr(self, name))
+        check.at_least("agent.critic_minibatches", self.critic_minibatches, 0)
+        if self.critic_minibatches % self.minibatches != 0:
+            raise ConfigError(
+                f"agent.critic_minibatches = {self.critic_minibatches}: must be a multiple of "
+                f"agent.minibatches = {self.minibatches}, or 0 for as many"
+            )
+        check.at_least("agent.max_scale", self.max_scale, 1.0)  # N(0, I) must be within reach
+        check.widths("agent.actor_hidden", self.actor_hidden)
+        check.widths("agent.critic_hidden", self.critic_hidden)
+        for name in ("entropy_coefficient", "prior_coefficient", "target_kl"):
+            check.at_least(f"agent.{name}", getattr(self, name), 0.0)
+        for name in ("gamma", "gae_lambda"):
+            check.within(f"agent.{name}", getattr(self, name), 0.0, 1.0)
+        check.within("agent.noise_correlation", self.noise_correlation, 0.0, 0.99)
+        check.one_of("agent.advantage", self.advantage, ("gae", "brax"))
+        check.one_of("agent.prior", self.prior, ("ridge", "kl", "none"))
+        check.one_of("agent.encoder_init", self.encoder_init, ("gaussian", "fresh"))
+        check.one_of("agent.normalizer", self.normalizer, ("exact", "released"))
+
+    def frames_per_batch(self, specs: Specs) -> int:
+        """Return the actions in one rollout of all environments.
+
+        Raises:
+            ConfigError: If they do not fill the minibatches.
+        """
+        frames = self.rollout_steps * specs.num_envs
+        parts = max(self.minibatches, self.critic_minibatches)
+        if frames < parts:
+            raise ConfigError(
+                f"agent.minibatches = {parts}: a rollout has only {frames} rows "
+                "(agent.rollout_steps x num_envs); lower it or raise one of those"
+            )
+        return frames

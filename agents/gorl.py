@@ -18,6 +18,11 @@ Choices where paper and released code disagree, and why:
 * The encoder's observation statistics restart from the refinement data and not from nothing.
 * Targets are clipped to +-3 before the squash (tanh 3 = 0.995): the tails differ in nothing that
   the environment can see.
+* Actor and critic have optimisers and gradient clips of their own, so the value loss needs no
+  coefficient; the actor's step size follows the measured divergence (released: fixed).
+* Advantages are the textbook's; the released code's are ``advantage=brax``.
+* The decoder is fitted with one noise draw a row (released: 8), at full output scale (released:
+  0.25 for epsilon-delta); it is handed the last encoder's data, not those of the best.
 * Controls are settings: ``decoder=identity`` (restarts without a generator), ``restart=warm_start``
   (generator without restarts), ``decoder=gaussian`` (restarts around a unimodal decoder).
 """
@@ -88,6 +93,11 @@ class Settings(OnPolicySettings):
         check.widths("agent.decoder_hidden", self.decoder_hidden)
         check.at_least("agent.max_refinements", self.max_refinements, 0)
         check.at_least("agent.target_clip", self.target_clip, 0.0)
+        if self.squashed_entropy and self.decoder != "identity":
+            raise ConfigError(
+                "agent.squashed_entropy = True: a fitted decoder leaves the action's entropy "
+                "unknown; set agent.decoder=identity, or agent.squashed_entropy=false"
+            )
         if not self.stage_steps or min(self.stage_steps) <= 0:
             raise ConfigError(
                 f"agent.stage_steps = {list(self.stage_steps)}: must be positive step counts, "
@@ -229,7 +239,6 @@ class GoRL(Agent):
             "steps_in_stage": self._steps_in_stage,
             "fit_gradient_steps": self._fit_gradient_steps,
             "skipped": self._skipped,
-            "has_decoder": not isinstance(self.policy.decoder, IdentityDecoder),
             "collected": [dict(part.items()) for part in self._collected],
         }
 
@@ -237,13 +246,13 @@ class GoRL(Agent):
         """Restore what :meth:`training_state` returned."""
         self.learner.load_state(state["learner"])
         self.generator.set_state(state["generator"])
-        self.policy.noise = state["noise"]
+        self.policy.load_noise(state["noise"])
         self.stage = state["stage"]
         self._steps_in_stage = state["steps_in_stage"]
         self._fit_gradient_steps = state["fit_gradient_steps"]
         self._skipped = state["skipped"]
         self._collected = [
-            TensorDict(part, batch_size=part["observation"].shape[:2])
+            TensorDict(part, batch_size=part["observation"].shape[:2], device=self.device)
             for part in state["collected"]
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from genpol.envs.mujoco.names import NAMES
 from genpol.errors import ConfigError, nearest
@@ -38,6 +39,8 @@ class MujocoSettings:
 class GymSettings:
     """Any gymnasium environment with vector observations and a bounded box of actions."""
 
+    default_num_envs: ClassVar[int] = 8  # of processes, one for each environment
+
     id: str = "Pendulum-v1"
     """Registered id; `module:id` imports the module that registers it first."""
 
@@ -48,6 +51,8 @@ class GymSettings:
 @dataclass(frozen=True, kw_only=True)
 class DMControlSettings:
     """Any task of the dm_control suite, simulated by dm_control itself."""
+
+    default_num_envs: ClassVar[int] = 8  # of processes, one for each environment
 
     domain: str = "cartpole"
     """Domain of the suite: cartpole, stacker, ..."""

@@ -89,6 +89,7 @@ class OffPolicySettings:
             check.positive(f"agent.{name}", getattr(self, name))
         for name in ("warmup_steps", "temperature"):
             check.at_least(f"agent.{name}", getattr(self, name), 0)
+        check.at_least("agent.nonfinite_patience", self.nonfinite_patience, 1)
         if self.learn_temperature:
             check.positive("agent.temperature", self.temperature)
         check.within("agent.gamma", self.gamma, 0.0, 1.0)

@@ -14,9 +14,9 @@ def positive(field: str, value: float) -> None:
         raise ConfigError(f"{field} = {value!r}: must be > 0")
 
 
-def at_least(field: str, value: float, minimum: float) -> None:
-    """Refuse ``value`` below ``minimum``."""
-    if not value >= minimum:
+def at_least(field: str, value: float, minimum: float, *, infinite: bool = False) -> None:
+    """Refuse ``value`` below ``minimum``, and one that is not finite unless ``infinite`` may be."""
+    if not value >= minimum or (value == math.inf and not infinite):
         raise ConfigError(f"{field} = {value!r}: must be >= {minimum}")
 
 

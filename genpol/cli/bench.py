@@ -69,7 +69,11 @@ def run(arguments: list[str]) -> int:
     from genpol.cli.configuration import compose, to_settings
     from genpol.report import benchmark
 
-    settings = to_settings(compose(options.overrides))
+    config = compose(options.overrides)
+    given = [override.partition("=")[0] for override in options.overrides]
+    if "action_repeat" in config.env and "env.action_repeat" not in given:
+        config.env.action_repeat = 1  # others pay for observation and reward at every control step
+    settings = to_settings(config)
     torch.set_num_threads(settings.num_threads or _cores())
     chosen = [x for x in contenders(settings) if not options.only or x.key in options.only]
     found = benchmark.measure(

@@ -29,10 +29,12 @@ from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, StringNode
 
 from genpol.cli.list import GROUPS, config_folder, names
 from genpol.errors import ConfigError, nearest
-from genpol.training.settings import Choices, TrainSettings
+from genpol.training.settings import DEFAULT_NUM_ENVS, Choices, TrainSettings
 
 _NOUNS = {"agent": "agent", "env": "environment", "recipe": "recipe"}
 _LISTS = {group: plural for plural, group in GROUPS.items()}
+# Settings that make an environment another one.
+_IDENTITY = ("env.name", "env.id", "env.domain", "env.task")
 _OPTIONAL_GROUPS = ("recipe",)
 _NONE = ("none", "null", "None", "")
 _EXPECTED = {
@@ -60,6 +62,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     chosen = {item.key_or_group: _option(item) for item in parsed if item.key_or_group in _NOUNS}
     register_schemas()
     config = _compose_groups(chosen)
+    few = getattr(OmegaConf.get_type(config.env), "default_num_envs", None)
+    if few is not None and config.num_envs == DEFAULT_NUM_ENVS:  # no recipe says otherwise
+        config.num_envs = few
     for item in parsed:
         if item.key_or_group not in _NOUNS:
             _assign(config, item.key_or_group, item.value())
@@ -82,6 +87,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     for item in parsed:
         if item.key_or_group in _NOUNS:
             raise ConfigError(f"{item.input_line}: a run keeps the {item.key_or_group} it has")
+        if item.key_or_group in _IDENTITY:
+            raise ConfigError(f"{item.input_line}: a run keeps the environment it has")
     try:
         config = _restore(_read(path))
     except ConfigError as error:

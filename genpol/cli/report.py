@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genpol.errors import ConfigError
+from genpol.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +35,7 @@ examples:
 
 _FEW_SEEDS = 5
 _RATE = "env_steps_per_s/"
+_FIGURES = (".png", ".pdf", ".svg")
 
 
 def run(arguments: list[str]) -> int:
@@ -50,14 +51,45 @@ def run(arguments: list[str]) -> int:
     path = Path(options.name)
     if path.suffix != ".csv":
         path = results.find(options.name, options.results)
-    frame = results.read(path)
     figure = options.figure or path.with_suffix(".png")
-    if frame["metric"].str.startswith(_RATE).any():
-        _report_bench(frame, path, figure)
-    else:
-        _report_experiment(frame, path, figure, options)
+    if figure.suffix.lower() not in _FIGURES:
+        raise ConfigError(f"--figure {figure}: must end in one of {', '.join(_FIGURES)}")
+    frame = _of_plan(results.read(path), path.stem)
+    try:
+        if frame["metric"].str.startswith(_RATE).any():
+            _report_bench(frame, path, figure)
+        else:
+            _report_experiment(frame, path, figure, options)
+    except OSError as error:
+        raise DatasetError(f"--figure {figure}: cannot be written ({error.strerror})") from None
     sys.stdout.write(f"figure: {figure}\n")
     return 0
+
+
+def _of_plan(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Keep the runs that the experiment ``name`` consists of today; say what is left out."""
+    from genpol.report import experiment
+    from genpol.report.results import UNFINISHED
+
+    if name not in experiment.names():
+        return frame
+    plan = experiment.load(name).plan()
+    planned = {(run.label, run.env, run.seed, run.command) for run in plan}
+    commands = frame["command"].str.removesuffix(UNFINISHED)
+    keys = zip(frame["agent"], frame["env"], frame["seed"], commands, strict=True)
+    kept = frame[[key in planned for key in keys]]
+    if kept.empty:
+        raise DatasetError(
+            f"results of {name!r} hold no run of the experiment as it is now; "
+            f"`genpol reproduce {name}` makes them"
+        )
+    if len(kept) < len(frame):
+        outside = frame.drop(kept.index)[["agent", "env", "seed"]].drop_duplicates()
+        _note(f"{len(outside)} runs left out that are not those of the experiment as it is now")
+    commits = list(dict.fromkeys(kept["commit"]))
+    if len(commits) > 1:
+        _note(f"runs of {len(commits)} commits: {', '.join(commits)}")
+    return kept
 
 
 def _report_experiment(
@@ -88,8 +120,9 @@ def _report_experiment(
 def _report_bench(frame: pd.DataFrame, path: Path, figure: Path) -> None:
     from genpol.report import figures
 
-    # Every measurement bears its own command; a table of several would compare unlike machines.
-    frame = frame[frame["command"] == frame["command"].iloc[-1]]
+    # A table of several measurements would compare unlike settings or machines; the last counts.
+    last = frame.iloc[-1]
+    frame = frame[(frame["command"] == last["command"]) & (frame["machine"] == last["machine"])]
     rates = frame[frame["metric"].str.startswith(_RATE)]
     rows = []
     for metric, values in rates.groupby("metric", sort=False)["value"]:

@@ -264,9 +264,11 @@ class _Session:
 
 
 def _commit_of(folder: Path) -> str:
-    """Return the commit that a run noted when it began; the checkout may have moved on since."""
+    """Return the commit that a run noted when it last began; the checkout may have moved on."""
     try:
-        git = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("git") or {}
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        latest = [record, *record.get("resumed", [])][-1]
+        git = latest.get("git") or {}
     except (OSError, ValueError):
         return ""
     changes = "+changes" if git.get("dirty") else ""

@@ -46,6 +46,9 @@ def run(arguments: list[str]) -> int:
         config = configuration.compose(arguments)
         settings = configuration.to_settings(config)
         return _train(settings, config, arguments)
+    for key in ("init", "output"):
+        if _value_of(key, arguments) is not None:
+            raise ConfigError(f"{key}= and resume= exclude each other: a run goes on where it lies")
     return _resume(Path(resume), [text for text in arguments if not text.startswith("resume=")])
 
 
@@ -119,7 +122,7 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
     if settings.num_threads > 0:
         torch.set_num_threads(settings.num_threads)
     make_env: EnvFactory = partial(make, settings.env, device=settings.device)
-    probe = make_env(num_envs=1, seed=settings.seed)
+    probe = make_env(num_envs=1, seed=settings.seed, training=True)
     specs = Specs.from_env(probe, num_envs=settings.num_envs)
     probe.close()
     agent = make_agent(

@@ -225,7 +225,7 @@ class NPGIGT(_MomentumEstimator):
         max_look_ahead: float = 5.0,
         normalize: Literal["global", "layer"] = "global",
     ) -> None:
-        at_least("max_look_ahead", max_look_ahead, 0.0)
+        at_least("max_look_ahead", max_look_ahead, 0.0, infinite=True)
         one_of("normalize", normalize, ("global", "layer"))
         super().__init__(parameters, eta, gamma, normalize)
         self._max_look_ahead = max_look_ahead

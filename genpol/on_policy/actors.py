@@ -164,6 +164,10 @@ class DecodedPolicy(TensorDictModuleBase):
         tensordict.set("action", torch.tanh(decoded))
         return tensordict
 
+    def load_noise(self, noise: Tensor | None) -> None:
+        """Restore the last noise drawn; checkpoints come back on the CPU."""
+        self.noise = None if noise is None else noise.to(self.encoder.normalizer.shift.device)
+
     def _draw_noise(self, like: Tensor) -> Tensor:
         noise = torch.empty_like(like).normal_(generator=self._generator)
         if self._correlation == 0.0:

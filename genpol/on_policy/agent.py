@@ -71,4 +71,4 @@ class GaussianAgent(Agent):
         """Restore what :meth:`training_state` returned."""
         self.learner.load_state(state["learner"])
         self.generator.set_state(state["generator"])
-        self.policy.noise = state["noise"]
+        self.policy.load_noise(state["noise"])

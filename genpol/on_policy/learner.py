@@ -101,19 +101,23 @@ class OnPolicyLearner:
         ends = done.clone()
         ends[:, -1] = True
         next_value[ends] = self.encoder.value(after["observation"][ends])
+        # A diverged step has no say: with r = V and no bootstrap its own error is zero, and the
+        # step before it ends with the value of the last good observation.
+        diverged = after["diverged"].squeeze(-1)
+        reward = after["reward"].squeeze(-1) * settings.reward_scale
         estimate = gae if settings.advantage == "gae" else brax_gae
         advantage, target = estimate(
-            after["reward"].squeeze(-1) * settings.reward_scale,
+            torch.where(diverged, value, reward),
             value,
             next_value,
-            after["terminated"].squeeze(-1),
+            after["terminated"].squeeze(-1) | diverged,
             done,
             settings.gamma,
             settings.gae_lambda,
         )
         kept = self._likelihood.keep(batch, observation)
         kept |= {"observation": observation, "advantage": advantage, "target": target}
-        keep = ~after["diverged"].flatten()
+        keep = ~diverged.flatten()
         rows = {name: x.flatten(0, 1)[keep] for name, x in kept.items()}
         residual = (target - value).flatten()[keep]
         metrics = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,8 +117,11 @@ class LatentLikelihood:
     def _entropy(self, mean: Tensor, scale: Tensor) -> Tensor:
         bonus = entropy(mean, scale).mean()
         if self.settings.squashed_entropy:
+            # The action is tanh(gain z): its entropy has the logarithm of the gain as well.
             noise = torch.empty_like(mean).normal_(generator=self._generator)
-            bonus = bonus + tanh_entropy_correction(mean + scale * noise)[0]
+            gain = self.settings.action_gain
+            bonus = bonus + tanh_entropy_correction(gain * (mean + scale * noise))[0]
+            bonus = bonus + mean.shape[-1] * math.log(gain)
         return bonus
 
 

@@ -78,6 +78,7 @@ class OnPolicySettings(SurrogateSettings):
                 f"agent.critic_minibatches = {self.critic_minibatches}: must be a multiple of "
                 f"agent.minibatches = {self.minibatches}, or 0 for as many"
             )
+        check.at_least("agent.nonfinite_patience", self.nonfinite_patience, 1)
         check.at_least("agent.max_scale", self.max_scale, 1.0)  # N(0, I) must be within reach
         check.widths("agent.actor_hidden", self.actor_hidden)
         check.widths("agent.critic_hidden", self.critic_hidden)

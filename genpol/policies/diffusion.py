@@ -96,7 +96,7 @@ class DiffusionPolicy(nn.Module):
         # Plain numbers, not buffers: indexing a tensor in the loop costs more than the arithmetic.
         self.steps = self._steps(schedule.steps)
         self.normalizer = RunningNormalizer(observation_dim)
-        self.net = Denoiser(
+        self.denoiser = Denoiser(
             observation_dim,
             horizon * action_dim,
             hidden,
@@ -115,14 +115,14 @@ class DiffusionPolicy(nn.Module):
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew and forget the observation statistics."""
-        self.net.mlp.reset_parameters(generator)
+        self.denoiser.mlp.reset_parameters(generator)
         self.normalizer.reset()
 
     def field(self, observation: Tensor, num_steps: int | None = None) -> Field:
         """Return the network on the sampler's levels with all that is independent of x computed."""
         levels = self.schedule.steps if num_steps is None else self.schedule.subset(num_steps)
         times = self.level_time[list(levels)].unsqueeze(-1)
-        return self.net.on_grid(self.normalizer(observation), times)
+        return self.denoiser.on_grid(self.normalizer(observation), times)
 
     def sample(
         self,
@@ -278,7 +278,7 @@ class DiffusionPolicy(nn.Module):
         return abar.sqrt(), (1.0 - abar).sqrt()
 
     def _output(self, observation: Tensor, flat: Tensor, level: Tensor) -> Tensor:
-        out: Tensor = self.net(self.normalizer(observation), flat, self.level_time[level])
+        out: Tensor = self.denoiser(self.normalizer(observation), flat, self.level_time[level])
         return out
 
     def _noise(self, observation: Tensor, flat: Tensor, level: Tensor) -> Tensor:

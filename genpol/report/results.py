@@ -232,7 +232,10 @@ def _lock(stream: IO[str]) -> None:
 
 def _parse(path: Path, stream: IO[str]) -> list[ResultRow]:
     lines = csv.reader(stream)
-    header = next(lines, None)
+    try:
+        header = next(lines, None)
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path} is not a file of results: it is not text in UTF-8") from None
     if header is None:
         return []
     if tuple(header) != COLUMNS:
@@ -242,6 +245,8 @@ def _parse(path: Path, stream: IO[str]) -> list[ResultRow]:
         )
     try:
         return [_row(values) for values in lines if values]
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path} is not a file of results: it is not text in UTF-8") from None
     except ValueError as error:
         raise DatasetError(f"{path}, line {lines.line_num}: {error}; mend or delete it") from None
 

@@ -151,12 +151,13 @@ def curves(
 def iqm(values: np.ndarray) -> np.ndarray:
     """Return the interquartile mean of ``values`` ``[seeds, envs, ...]`` over seeds and envs.
 
-    Equal to ``scipy.stats.trim_mean(values, 0.25)``, at a tenth of its cost for a bootstrap.
+    Equal to ``scipy.stats.trim_mean(values, 0.25)``, at a tenth of its cost for a bootstrap. It is
+    NaN wherever a value is: sorted last, a failed seed would fall to the trimming.
     """
     ordered = np.sort(values.reshape(-1, *values.shape[2:]), axis=0)
     cut = len(ordered) // 4
     mean: np.ndarray = ordered[cut : len(ordered) - cut].mean(axis=0)
-    return mean
+    return np.where(np.isnan(ordered[-1]), np.nan, mean)
 
 
 def iqm_interval(

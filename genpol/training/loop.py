@@ -219,6 +219,7 @@ class Training:
             CheckpointError: If the checkpoint is damaged or belongs to other settings.
         """
         state = checkpoint.load(path)
+        self.run.check_tables()
         num_envs = len(state["episodes"]["return"])
         if num_envs != self.settings.num_envs:
             raise CheckpointError(

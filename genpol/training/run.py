@@ -186,8 +186,25 @@ class Run:
             self.config = dict(config)
             _replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self.record["resumed"].append({"at": now, "command": shlex.join(command)})
+        self.record["resumed"].append(
+            {
+                "at": now,
+                "command": shlex.join(command),
+                "versions": _versions(),
+                "git": _git_state(Path(genpol.__file__)),
+                "machine": _machine(),
+            }
+        )
         self._set_status("running")
+
+    def check_tables(self) -> None:
+        """Refuse tables that are not a run's, before anything is changed.
+
+        Raises:
+            GenpolError: If a column is missing.
+        """
+        self._metrics.check()
+        self._evaluations.check()
 
     def truncate_to(self, env_steps: int, gradient_steps: int | None = None) -> None:
         """Drop the rows of both tables that lie beyond a checkpoint, before resuming from it.
@@ -238,6 +255,10 @@ class _Table:
         with _writing(self._path), self._path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
+    def check(self) -> None:
+        """Raise ``GenpolError`` if the file is not such a table."""
+        self._read()
+
     def truncate(self, env_steps: int, gradient_steps: int | None) -> None:
         """Keep the rows up to the given counts."""
         if not self._path.exists():
@@ -260,7 +281,13 @@ class _Table:
         text = self._path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole))
-        self._columns += [name for name in reader.fieldnames or [] if name not in self._columns]
+        names = reader.fieldnames or PROGRESS_COLUMNS
+        missing = [name for name in PROGRESS_COLUMNS if name not in names]
+        if missing:
+            raise GenpolError(
+                f"{self._path}: has no column {missing[0]!r}, so it is not a run's; move it away"
+            )
+        self._columns += [name for name in names if name not in self._columns]
         rows = [row for row in reader if None not in row.values()]
         return [row for row in rows if row["env_steps"].isdigit()]
 
@@ -353,6 +380,8 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise GenpolError(_not_a_run(path, error.strerror)) from error
     except ValueError as error:
         raise GenpolError(_not_a_run(path, "not valid JSON")) from error
+    if not isinstance(record, dict) or not {"resumed", "elapsed_s"} <= record.keys():
+        raise GenpolError(_not_a_run(path, "not the record of a run"))
     return record
 
 
@@ -423,10 +452,17 @@ def _git_state(file: Path) -> dict[str, Any] | None:
     try:
         git("ls-files", "--error-unmatch", file.name)
         commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        root = git("rev-parse", "--show-toplevel")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *_code(Path(root)))
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "dirty": bool(changes)}
+
+
+def _code(root: Path) -> list[str]:
+    """Return what a change must touch to count: results are written while runs go on."""
+    names = ("genpol", "agents", "envs", "configs", "pyproject.toml")
+    return [str(root / name) for name in names]
 
 
 def _machine() -> dict[str, Any]:

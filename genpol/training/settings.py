@@ -14,6 +14,9 @@ MISSING: Any = (
 )
 
 
+DEFAULT_NUM_ENVS = 1024
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """Which files of the configuration groups were composed; filled in, never set by hand."""
@@ -75,8 +78,8 @@ class TrainSettings:
     """Where the networks live: cpu, cuda or cuda:<index>."""
     num_threads: int = 0
     """Threads for torch; 0 takes all cores."""
-    num_envs: int = 1024
-    """Environments stepped at once."""
+    num_envs: int = DEFAULT_NUM_ENVS
+    """Environments stepped at once; 8 by default where each is a process of its own."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     """Fixed-episode evaluation."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -107,6 +110,7 @@ class TrainSettings:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device = {self.device!r}: must be cpu, cuda or cuda:<index>")
         at_least("num_threads", self.num_threads, 0)
+        within("num_threads", self.num_threads, 0, 4096)
         at_least("num_envs", self.num_envs, 1)
         if not self.output:
             raise ConfigError("output = '': must be a folder.")

@@ -61,9 +61,9 @@ def test_fast_path_equals_an_eager_diffusers_loop(horizon, clip):
     x = noise.flatten(1)
     with torch.no_grad():
         for timestep in scheduler.timesteps:
-            embedding = policy.net.embedding(policy.level_time[timestep].expand(8, 1))
+            embedding = policy.denoiser.embedding(policy.level_time[timestep].expand(8, 1))
             features = torch.cat((policy.normalizer(observation), x, embedding), -1)
-            output = policy.net.mlp(features)
+            output = policy.denoiser.mlp(features)
             x = scheduler.step(output, timestep, x, use_clipped_model_output=True).prev_sample
         fast = policy.sample(observation, noise)
     torch.testing.assert_close(fast, x.view_as(noise), rtol=0, atol=1e-6)
@@ -102,11 +102,11 @@ def test_bc_loss_regresses_what_the_steps_expect(prediction):
         def forward(self, observation, x, time):
             return self.target
 
-    policy.net = Told()
+    policy.denoiser = Told()
     loss, _ = policy.bc_loss(observation, action, noise, time)
     loss.backward()
     with torch.no_grad():  # the mean square over 24 entries: one full Newton step
-        policy.net.target -= 12 * policy.net.target.grad
+        policy.denoiser.target -= 12 * policy.denoiser.target.grad
     assert policy.bc_loss(observation, action, noise, time)[0] < 1e-10
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(policy.noise_estimate(observation, x, time), noise, **close)
@@ -123,7 +123,7 @@ def test_score_of_an_exact_gaussian_epsilon():
             abar = policy.alpha_bar[(time * 20).round().long()]
             return (1 - abar).sqrt() * (x - abar.sqrt() * 0.5) / (abar * 0.09 + 1 - abar)
 
-    policy.net = Exact()
+    policy.denoiser = Exact()
     x, time = torch.randn(19, 3), torch.arange(19).unsqueeze(-1)
     abar = policy.alpha_bar[time]
     expected = -(x - abar.sqrt() * 0.5) / (abar * 0.09 + 1 - abar)

@@ -264,7 +264,14 @@ def events(run):
     return {name: [(e.step, e.value) for e in accumulator.Scalars(name)] for name in names}
 
 
-def test_tensorboard_shows_metrics_and_evaluations_and_forgets_what_was_dropped(tmp_path):
+def test_tensorboard_shows_metrics_and_evaluations_and_forgets_what_was_dropped(
+    tmp_path, monkeypatch
+):
+    # TensorBoard reads files in the order of their names, which end in a count of this process's
+    # writers: the tenth would come before the ninth.
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     run = create(tmp_path, tensorboard=True)
     assert not (run.path / "tensorboard").exists()
     for steps in (10, 20, 30):

@@ -452,17 +452,12 @@ def _git_state(file: Path) -> dict[str, Any] | None:
     try:
         git("ls-files", "--error-unmatch", file.name)
         commit = git("rev-parse", "HEAD")
-        root = git("rev-parse", "--show-toplevel")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", *_code(Path(root)))
+        # Results are written while runs go on; they are no change of the code.
+        elsewhere = (":/", ":(top,exclude)assets/results")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *elsewhere)
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "dirty": bool(changes)}
-
-
-def _code(root: Path) -> list[str]:
-    """Return what a change must touch to count: results are written while runs go on."""
-    names = ("genpol", "agents", "envs", "configs", "pyproject.toml")
-    return [str(root / name) for name in names]
 
 
 def _machine() -> dict[str, Any]:

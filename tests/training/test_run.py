@@ -152,6 +152,14 @@ def test_changed_checkout_is_dirty(checkout):
     assert run_module._git_state(checkout)["dirty"]
 
 
+def test_recorded_results_are_no_change_of_the_code(checkout):
+    results = checkout.parent / "assets" / "results" / "x.csv"
+    results.parent.mkdir(parents=True)
+    results.write_text("a")
+    git(checkout, "add", str(results))
+    assert not run_module._git_state(checkout)["dirty"]
+
+
 def test_a_copy_inside_a_checkout_of_something_else_has_no_commit(checkout):
     installed = checkout.parent.parent / "venv" / "genpol" / "__init__.py"
     installed.parent.mkdir(parents=True)

@@ -21,7 +21,6 @@ class Specs:
         observation_dim: Width of the observation.
         action_dim: Width of the action.
         num_envs: Environments that are stepped together.
-        max_episode_steps: Environment steps until an episode is cut.
         action_repeat: Environment steps for which each action is held. Budgets and schedules in
             settings count environment steps; a batch holds one row per action.
     """
@@ -29,7 +28,6 @@ class Specs:
     observation_dim: int
     action_dim: int
     num_envs: int
-    max_episode_steps: int
     action_repeat: int = 1
 
     @classmethod
@@ -39,7 +37,6 @@ class Specs:
             observation_dim=env.observation_spec["observation"].shape[-1],
             action_dim=env.action_spec.shape[-1],
             num_envs=num_envs,
-            max_episode_steps=env.max_episode_steps,
             action_repeat=env.action_repeat,
         )
 

@@ -8,7 +8,12 @@ from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def _same_every_time():
+    """Run every test with one thread and the same global random state, in whatever order."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 class ToyEnv(EnvBase):

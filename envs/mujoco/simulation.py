@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genpol.errors import ConfigError
+from genpol.provenance import usable_cores
 
 
 class Stage(IntEnum):
@@ -96,7 +96,7 @@ class BatchedSimulation:
         if persistent is None:
             persistent = num_envs * _data_bytes(model) <= _PERSISTENT_BYTES
         self.persistent = persistent
-        cores = num_threads or len(os.sched_getaffinity(0))
+        cores = num_threads or usable_cores()
         pool_threads = 1 if cores == 1 else _THREADS_PER_CORE * cores
         self._batch = Batch(model, num_envs, pool_threads, persistent)
         self.qpos = self._bind("qpos")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from genpol.errors import ConfigError, nearest
+from genpol.provenance import code_version, machine, usable_cores
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     if "action_repeat" in config.env and "env.action_repeat" not in given:
         config.env.action_repeat = 1  # others pay for observation and reward at every control step
     settings = to_settings(config)
-    torch.set_num_threads(settings.num_threads or _cores())
+    torch.set_num_threads(settings.num_threads or usable_cores())
     chosen = [x for x in contenders(settings) if not options.only or x.key in options.only]
     found = benchmark.measure(
         chosen, seconds=options.seconds, rounds=options.rounds, progress=_progress
@@ -90,7 +90,7 @@ def contenders(settings: TrainSettings) -> list[Contender]:
     """Return all contenders for one configuration."""
     from genpol.report import benchmark
 
-    num_threads = getattr(settings.env, "num_threads", 0) or _cores()
+    num_threads = getattr(settings.env, "num_threads", 0) or usable_cores()
     physics, environment, *rest = _own(settings)
     bare_loop = benchmark.Contender(
         key="mj_step",
@@ -239,19 +239,9 @@ def _action_repeat(env: EnvBase) -> int:
 
 def _batches(env: EnvBase, agent: Agent, frames: int, cleanup: ExitStack) -> Any:
     """Collect as the training loop does."""
-    from torchrl.collectors import Collector
-    from torchrl.envs import ExplorationType
+    from genpol.training.collection import make_collector
 
-    collector = Collector(
-        env,
-        agent.policy,
-        frames_per_batch=frames,
-        total_frames=-1,
-        exploration_type=ExplorationType.RANDOM,
-        trust_policy=True,
-        track_traj_ids=False,
-        auto_register_policy_transforms=False,
-    )
+    collector = make_collector(env, agent.policy, frames)
     cleanup.callback(collector.shutdown, close_env=False)
     return iter(collector)
 
@@ -280,7 +270,7 @@ def _print(chosen: Sequence[Contender], found: Measurements, settings: TrainSett
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{settings.choices.env}, {settings.num_envs} environments, {_cores()} cores"
+    title = f"{settings.choices.env}, {settings.num_envs} environments, {usable_cores()} cores"
     table = Table(box=None, pad_edge=False)
     table.add_column("contender", style="bold", no_wrap=True)
     for name in ("steps/s", "min", "max", "/ mj_step"):
@@ -338,7 +328,7 @@ def _rows(found: Measurements, options: _Options, settings: TrainSettings) -> li
     """Return a row per contender and round (its number as the seed), then one per ratio."""
     from genpol.report import results
 
-    commit, machine = results.commit(), results.machine()
+    commit, where = code_version(), machine()
     command = shlex.join(["genpol", "bench", *options.arguments])
 
     def row(contender: str, metric: str, value: float, **measured: Any) -> ResultRow:
@@ -352,7 +342,7 @@ def _rows(found: Measurements, options: _Options, settings: TrainSettings) -> li
             value=float(f"{value:.6g}"),
             episodes=0,
             commit=commit,
-            machine=machine,
+            machine=where,
             command=command,
             **values,
         )
@@ -377,11 +367,6 @@ def _rows(found: Measurements, options: _Options, settings: TrainSettings) -> li
     if overhead is not None:
         rows.append(row(_COLLECTOR[1], "overhead_percent/collector", overhead))
     return rows
-
-
-def _cores() -> int:
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def _progress(line: str) -> None:

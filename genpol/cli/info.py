@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from genpol import provenance
 from genpol.errors import ConfigError
 
 SUMMARY = "show versions, devices, threads and which extras are installed"
@@ -81,11 +82,9 @@ def _devices() -> dict[str, Any]:
 
     gib = 2**30
     return {
-        "processor": _processor(),
+        "processor": provenance.processor(),
         "cores": psutil.cpu_count(logical=False),
-        "logical_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "logical_cores": provenance.usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / gib, 1),
         "memory_free_gib": round(psutil.virtual_memory().available / gib, 1),
         "cuda": [
@@ -96,15 +95,6 @@ def _devices() -> dict[str, Any]:
         ],
         "mps": torch.backends.mps.is_available(),
     }
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _threads() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genpol.cli.arguments import ArgumentParser
 from genpol.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -186,14 +187,8 @@ def _note(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise what the command line prints in one line."""
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="genpol report", add_help=False)
+    parser = ArgumentParser(prog="genpol report", add_help=False)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--metric", default="return")
     parser.add_argument("--at", type=_steps)

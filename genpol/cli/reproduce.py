@@ -25,7 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from genpol.cli.arguments import ArgumentParser
 from genpol.errors import ConfigError, DatasetError
+from genpol.provenance import code_version, machine
 from genpol.report import experiment, results
 from genpol.report.experiment import Experiment, Run
 from genpol.report.results import ResultRow
@@ -129,7 +131,7 @@ class _Session:
 
     def run_all(self, plan: Sequence[Run], jobs: int) -> list[Outcome]:
         """Run what is not finished, ``jobs`` at a time, and return what became of each."""
-        self._provenance = results.commit(), results.machine()
+        self._provenance = code_version(), machine()
         with ThreadPoolExecutor(jobs) as pool:
             pending = [pool.submit(self.run_one, item) for item in plan]
             for future in pending:
@@ -381,14 +383,8 @@ def _complain(line: str) -> None:
     sys.stderr.flush()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise what the command line prints in one line."""
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="genpol reproduce", add_help=False)
+    parser = ArgumentParser(prog="genpol reproduce", add_help=False)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--seeds", type=_seeds)
     parser.add_argument("--only", type=lambda text: text.split(","), default=())

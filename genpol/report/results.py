@@ -11,9 +11,6 @@ import contextlib
 import csv
 import io
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,57 +146,11 @@ def find(name: str, folder: Path | None = None) -> Path:
     return known[name]
 
 
-def commit() -> str:
-    """Return the checkout's commit, with ``+changes`` if its code differs; else the version."""
-    root = checkout()
-    if root is None:
-        from genpol import __version__
-
-        return f"v{__version__}"
-    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-    if not head:
-        return "unknown"
-    code = ("genpol", "agents", "envs", "configs", "pyproject.toml")
-    changes = _output("git", "-C", str(root), "status", "--porcelain", "--", *code)
-    return f"{head}+changes" if changes else head
-
-
-def machine() -> str:
-    """Describe the machine: processor, usable cores, memory and GPU."""
-    import psutil
-
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable else os.cpu_count()
-    memory = psutil.virtual_memory().total / 2**30
-    gpu = ""
-    if shutil.which("nvidia-smi"):
-        gpu = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").partition("\n")[0]
-    parts = [_processor(), f"{cores} cores", f"{memory:.0f} GiB", gpu]
-    return ", ".join(part for part in parts if part)
-
-
 def _packaged() -> Path:
     """Return the folder of results beside the package's other assets."""
     from importlib.resources import files
 
     return Path(str(files("genpol.assets"))) / "results"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str:
-    """Return what ``command`` prints, or nothing if it cannot be run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, ExplorationType
+from torchrl.envs import EnvBase
 
 from genpol.agent import Agent, ReplayAgent
 from genpol.data.replay import Replay
 from genpol.errors import CheckpointError, NonFiniteError
 from genpol.seeding import derive
 from genpol.training import checkpoint
+from genpol.training.collection import Collector, make_collector
 from genpol.training.display import TerminalReport
 from genpol.training.dump import write_dump
 from genpol.training.episodes import EpisodeTracker
@@ -114,15 +114,7 @@ class Training:
         # The constructor tries the policy out, which draws noise; a resumed run must not.
         state = self.agent.training_state()
         with torch.random.fork_rng():
-            collector = Collector(
-                self._env,
-                self.agent.policy,
-                frames_per_batch=self.agent.frames_per_batch,
-                exploration_type=ExplorationType.RANDOM,
-                trust_policy=True,
-                track_traj_ids=False,
-                auto_register_policy_transforms=False,
-            )
+            collector = make_collector(self._env, self.agent.policy, self.agent.frames_per_batch)
         self.agent.load_training_state(state)
         return collector
 

@@ -17,13 +17,12 @@ import csv
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import re
 import shlex
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,6 +30,7 @@ from typing import Any, Literal, Protocol
 from omegaconf import OmegaConf
 
 import genpol
+from genpol import provenance
 from genpol.errors import GenpolError, require
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -112,7 +112,7 @@ class Run:
             "started": now.isoformat(timespec="seconds"),
             "elapsed_s": 0.0,
             "versions": _versions(),
-            "git": _git_state(Path(genpol.__file__)),
+            "git": _git(),
             "machine": _machine(),
         }
         parent = root / _folder_name(env_name) / _folder_name(agent_name)
@@ -191,7 +191,7 @@ class Run:
                 "at": now,
                 "command": shlex.join(command),
                 "versions": _versions(),
-                "git": _git_state(Path(genpol.__file__)),
+                "git": _git(),
                 "machine": _machine(),
             }
         )
@@ -438,43 +438,15 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _git_state(file: Path) -> dict[str, Any] | None:
-    """Return commit and dirty flag of the checkout that tracks ``file``, or ``None``.
-
-    A copy installed somewhere inside another project's checkout is not tracked by it.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(file.parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)
-        commit = git("rev-parse", "HEAD")
-        # Results are written while runs go on; they are no change of the code.
-        elsewhere = (":/", ":(top,exclude)assets/results")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", *elsewhere)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "dirty": bool(changes)}
+def _git() -> dict[str, Any] | None:
+    state = provenance.git_state()
+    return None if state is None else asdict(state)
 
 
 def _machine() -> dict[str, Any]:
-    affinity = getattr(os, "sched_getaffinity", None)  # what this process may use; Linux only
     return {
-        "cpu": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cpu": provenance.processor(),
+        "cores": provenance.usable_cores(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-
-
-def _cpu_model() -> str:
-    """Return the processor's marketing name, which only Linux keeps in a file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1) if found else platform.machine()

@@ -21,7 +21,7 @@ from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder, IdentityDecoder
 from genpol.training.evaluation import evaluate
 
-SPECS = Specs(observation_dim=1, action_dim=1, num_envs=32, max_episode_steps=1)
+SPECS = Specs(observation_dim=1, action_dim=1, num_envs=32)
 SMALL = {
     "rollout_steps": 8,
     "epochs": 2,
@@ -54,7 +54,7 @@ def train(agent, env, updates):
 
 def test_identity_decoder_is_gaussian_ppo_bit_for_bit(point_mass):
     shared = {name: SMALL[name] for name in SMALL if not name.startswith(("decoder", "fit"))}
-    specs = Specs(observation_dim=1, action_dim=1, num_envs=16, max_episode_steps=10)
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=16)
     ppo = agents.make("ppo", PPOSettings(**shared), specs, seed=3)
     gorl = make(seed=3, specs=specs, decoder="identity", max_refinements=0)
     for agent in (ppo, gorl):
@@ -131,7 +131,7 @@ class Reference:
 @pytest.fixture
 def first_minibatch(point_mass):
     """Return agent and reference with their rollouts, the agent's metrics before any step."""
-    specs = Specs(observation_dim=1, action_dim=1, num_envs=16, max_episode_steps=10)
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=16)
     options = {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e6, "encoder_init": "fresh"}
     agent = make(specs=specs, entropy_coefficient=ENTROPY, **options)
     # Deviations near zero would magnify rounding errors.
@@ -169,9 +169,7 @@ def test_stage_0_has_the_losses_and_gradients_of_gaussian_ppo(first_minibatch):
 
 def test_stages_follow_the_budget(bandit):
     # 256 actions per update, each held for 2 environment steps: 512 steps.
-    specs = Specs(
-        observation_dim=1, action_dim=1, num_envs=32, max_episode_steps=2, action_repeat=2
-    )
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=32, action_repeat=2)
     agent = make(specs=specs, stage_steps=[1024, 512], refinement_steps=1024, max_refinements=2)
     stages = train(agent, bandit(torch.zeros_like, num_envs=32), 9)
     # Two updates, two batches of data, one update, two batches, and then the last stage for good.
@@ -319,7 +317,7 @@ def test_decoder_that_never_was_finite_is_not_installed():
 
 @pytest.mark.parametrize("num_envs", [1, 9, 10])
 def test_refinement_works_with_few_environments(bandit, num_envs):
-    specs = Specs(observation_dim=1, action_dim=1, num_envs=num_envs, max_episode_steps=1)
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=num_envs)
     agent = make(specs=specs, stage_steps=[16], refinement_steps=16, max_refinements=1)
     train(agent, bandit(lambda x: x, num_envs=num_envs), 5)
     assert agent.stage == 1

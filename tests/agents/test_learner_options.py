@@ -223,7 +223,7 @@ def test_plain_entropy_leaves_the_mean_alone():
 
 @pytest.mark.parametrize("name", ["ppo", "gorl"])
 def test_action_gain_widens_the_action_before_the_squash(name):
-    specs = Specs(observation_dim=3, action_dim=2, num_envs=8, max_episode_steps=10)
+    specs = Specs(observation_dim=3, action_dim=2, num_envs=8)
     agent = agents.make(name, agents.settings_class(name)(action_gain=3.0), specs, seed=0)
     out = agent.policy(TensorDict({"observation": torch.randn(5, 3)}, [5]))
     torch.testing.assert_close(out["action"], torch.tanh(3.0 * out["latent"]))

@@ -14,7 +14,7 @@ from genpol.agent import Specs
 from genpol.errors import ConfigError
 from genpol.off_policy import SoftActorCritic
 
-SPECS = Specs(observation_dim=3, action_dim=2, num_envs=1, max_episode_steps=10)
+SPECS = Specs(observation_dim=3, action_dim=2, num_envs=1)
 SMALL = {"actor_hidden": [16], "critic_hidden": [16], "warmup_steps": 0}
 
 

@@ -22,7 +22,7 @@ from genpol.on_policy.surrogates import SURROGATES, BPOSettings, MDPOSettings
 from genpol.policies.gaussian import log_prob
 from genpol.policies.latent import IdentityDecoder
 
-SPECS = Specs(observation_dim=3, action_dim=2, num_envs=8, max_episode_steps=10)
+SPECS = Specs(observation_dim=3, action_dim=2, num_envs=8)
 
 
 def make_policy(settings=None, *, init="fresh", decoder=None, seed=0):

@@ -33,7 +33,7 @@ ENVS = 20
 
 def make(**settings):
     """Return an agent whose refinement takes one rollout, and by default is the first update."""
-    specs = Specs(observation_dim=1, action_dim=1, num_envs=ENVS, max_episode_steps=1)
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=ENVS)
     return agents.make("gorl", Settings(**(SMALL | {"stage_steps": [1]} | settings)), specs, seed=0)
 
 
@@ -283,7 +283,7 @@ def paper_updates(monkeypatch):
 
 def test_the_papers_budget_gives_the_papers_number_of_updates(paper_updates):
     # Oracle 19: 2048 environments, 480 steps an update, stages of 60M, 60M, 30M and 30M.
-    specs = Specs(observation_dim=1, action_dim=1, num_envs=2048, max_episode_steps=1000)
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=2048)
     settings = Settings(
         decoder="identity",  # nothing to fit: this is about counting
         rollout_steps=480,

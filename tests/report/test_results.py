@@ -132,8 +132,3 @@ def test_an_installed_package_writes_into_the_working_directory(
     assert results.results_folder() == Path("results")
     results.append(tmp_path / "genpol" / "assets" / "results" / "shipped.csv", [row()])
     assert results.find("shipped").parent.parent.name == "assets"
-
-
-def test_machine_and_commit_say_something() -> None:
-    assert "cores" in results.machine()
-    assert results.commit()

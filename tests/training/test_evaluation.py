@@ -275,7 +275,7 @@ def test_the_mode_is_the_default():
 
 def make_agent(name, **options):
     tiny = {"actor_hidden": [8], "critic_hidden": [8]} | options
-    specs = Specs(observation_dim=1, action_dim=1, num_envs=2, max_episode_steps=10)
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=2)
     return agents.make(name, agents.settings_class(name)(**tiny), specs, seed=0)
 
 

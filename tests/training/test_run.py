@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import json
-import subprocess
 import sys
 import types
 from datetime import datetime
@@ -121,55 +120,6 @@ def test_opening_changes_nothing(run):
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(GenpolError, match="give a run folder"):
         Run.open(tmp_path)
-
-
-# --- the commit --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    file = tmp_path / "checkout" / "genpol" / "__init__.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("")
-    git(file, "init", "--quiet")
-    git(file, "add", ".")
-    git(file, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
-    return file
-
-
-def git(file, *arguments):
-    command = ["git", "-C", str(file.parent), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def test_commit_of_a_clean_checkout(checkout):
-    state = run_module._git_state(checkout)
-    assert state == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": False}
-
-
-def test_changed_checkout_is_dirty(checkout):
-    checkout.write_text("changed")
-    assert run_module._git_state(checkout)["dirty"]
-
-
-def test_recorded_results_are_no_change_of_the_code(checkout):
-    results = checkout.parent / "assets" / "results" / "x.csv"
-    results.parent.mkdir(parents=True)
-    results.write_text("a")
-    git(checkout, "add", str(results))
-    assert not run_module._git_state(checkout)["dirty"]
-
-
-def test_a_copy_inside_a_checkout_of_something_else_has_no_commit(checkout):
-    installed = checkout.parent.parent / "venv" / "genpol" / "__init__.py"
-    installed.parent.mkdir(parents=True)
-    installed.write_text("")
-    assert run_module._git_state(installed) is None
-
-
-def test_without_git_there_is_no_commit(checkout, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert run_module._git_state(checkout) is None
 
 
 # --- tables ------------------------------------------------------------------------------------

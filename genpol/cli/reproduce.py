@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Literal
 
 from genpol.cli.arguments import ArgumentParser
-from genpol.errors import ConfigError, DatasetError
+from genpol.errors import DatasetError
 from genpol.provenance import code_version, machine
 from genpol.report import experiment, results
 from genpol.report.experiment import Experiment, Run

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genpol.on_policy import GaussianAgent, OnPolicySettings
+from genpol.on_policy import GaussianAgent, GaussianSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(OnPolicySettings):
+class Settings(GaussianSettings):
     """Hyper-parameters of BPO."""
 
     surrogate: str = "bpo"

@@ -41,7 +41,13 @@ from genpol import settings as check
 from genpol.agent import Agent, Specs
 from genpol.errors import ConfigError, NonFiniteError
 from genpol.nn.optimizer import GuardedOptimizer
-from genpol.on_policy import DecodedPolicy, Encoder, OnPolicyLearner, OnPolicySettings
+from genpol.on_policy import (
+    DecodedPolicy,
+    Encoder,
+    GaussianSettings,
+    OnPolicyLearner,
+    gaussian_learner,
+)
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder, IdentityDecoder
@@ -53,7 +59,7 @@ _RESTARTS = ("gaussian", "gaussian_warm_value", "fresh", "warm_start")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(OnPolicySettings):
+class Settings(GaussianSettings):
     """Hyper-parameters of GoRL."""
 
     decoder: str = "flow"
@@ -203,16 +209,12 @@ class GoRL(Agent):
             self.settings,
             generator=self.generator,
             init=init,
+            num_values=self.settings.num_values(specs),
         )
         return encoder.to(self.device)
 
     def _make_learner(self, encoder: Encoder) -> OnPolicyLearner:
-        return OnPolicyLearner(
-            encoder,
-            self.settings,
-            generator=self.generator,
-            action_repeat=self.specs.action_repeat,
-        )
+        return gaussian_learner(encoder, self.settings, specs=self.specs, generator=self.generator)
 
     def make_decoder(self) -> GenerativeDecoder:
         """Return a freshly initialised decoder of the kind that the settings name."""

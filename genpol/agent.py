@@ -12,6 +12,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
+from genpol.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Specs:
@@ -21,6 +23,9 @@ class Specs:
         observation_dim: Width of the observation.
         action_dim: Width of the action.
         num_envs: Environments that are stepped together.
+        num_rewards: Terms of the reward.
+        group_size: Neighbouring environments that set out from one state together; 1 for none.
+        group_steps: Actions after which they do so again.
         action_repeat: Environment steps for which each action is held. Budgets and schedules in
             settings count environment steps; a batch holds one row per action.
     """
@@ -29,6 +34,9 @@ class Specs:
     action_dim: int
     num_envs: int
     action_repeat: int = 1
+    num_rewards: int = 1
+    group_size: int = 1
+    group_steps: int = 0
 
     @classmethod
     def from_env(cls, env: EnvBase, *, num_envs: int) -> Specs:
@@ -38,7 +46,23 @@ class Specs:
             action_dim=env.action_spec.shape[-1],
             num_envs=num_envs,
             action_repeat=env.action_repeat,
+            num_rewards=env.reward_spec.shape[-1],
+            group_size=getattr(env, "group_size", 1),
+            group_steps=getattr(env, "group_steps", 0),
         )
+
+    def require_groups(self, rollout_steps: int) -> None:
+        """Refuse environments whose groups do not set out anew with every rollout.
+
+        Raises:
+            ConfigError: With what to set.
+        """
+        if self.group_size < 2 or self.group_steps != rollout_steps:
+            raise ConfigError(
+                f"agent.advantage = group: the environments form groups of {self.group_size} for "
+                f"{self.group_steps} actions; set env.group_size=8 (say) and "
+                f"env.group_steps={rollout_steps}, which is agent.rollout_steps"
+            )
 
 
 class Agent(nn.Module, ABC):

@@ -81,6 +81,13 @@ class MLP(nn.Module):
         """Map ``[..., input_dim]`` to ``[..., output_dim]``."""
         return self.after_first(self.layers[0](x))
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the last layer reads, ``[..., hidden[-1]]``; ``x`` itself without any."""
+        activate = ACTIVATIONS[self.activation][0]
+        for layer in self.linears[:-1]:
+            x = activate(layer(x))
+        return x
+
     def after_first(self, hidden: Tensor) -> Tensor:
         """Apply everything behind the first linear layer to that layer's output.
 

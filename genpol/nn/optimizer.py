@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from genpol.errors import CheckpointError, NonFiniteError
+
+
+class AdamMoments(NamedTuple):
+    """What Adam remembers of one parameter, and its epsilon."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    eps: float
 
 
 class GuardedOptimizer:
@@ -78,6 +87,18 @@ class GuardedOptimizer:
             f"{self._name}/grad_norm": norm.detach(),
             f"{self._name}/skipped": torch.tensor(float(self.skipped)),
         }
+
+    def moments(self, parameter: Tensor) -> AdamMoments | None:
+        """Return Adam's live moments of one parameter, or ``None`` before the first step."""
+        state = self._adam.state.get(parameter)
+        if not state:
+            return None
+        return AdamMoments(
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            step=int(state["step"]),
+            eps=float(self._adam.param_groups[0]["eps"]),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return Adam's moments by parameter index, the shapes, learning rate and counters.

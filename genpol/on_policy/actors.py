@@ -19,7 +19,7 @@ from torchrl.envs import ExplorationType, exploration_type
 
 from genpol.nn.mlp import MLP
 from genpol.nn.normalizer import RunningNormalizer
-from genpol.on_policy.settings import OnPolicySettings
+from genpol.on_policy.settings import GaussianSettings, OnPolicySettings
 from genpol.policies.gaussian import GaussianPolicy, log_prob
 
 
@@ -31,84 +31,113 @@ class Decoder(Protocol):
         ...
 
 
-class Encoder(nn.Module):
-    """Gaussian over latents and critics, behind one running observation normaliser.
+class ActorCritic(nn.Module):
+    """What is trained on-policy: an actor and its critics behind one observation normaliser.
 
     Attributes:
-        actor: The Gaussian.
-        critic: Scaled values.
+        actor: Owns the normaliser, which the critics share.
+        critic: Scaled values, one for each reward that is learned apart.
         median_critic: Soft medians of the scaled returns, for surrogates that want them.
+
+    Args:
+        actor: A policy with a ``normalizer``, which is replaced as the settings say.
+        observation_dim: Size of the observation.
+        settings: Network sizes.
+        generator: Source of the critics' initial weights.
+        num_values: Values K of the critic.
+    """
+
+    def __init__(
+        self,
+        actor: nn.Module,
+        observation_dim: int,
+        settings: OnPolicySettings,
+        *,
+        generator: torch.Generator,
+        num_values: int = 1,
+    ) -> None:
+        super().__init__()
+        self.actor = actor
+        self.actor.normalizer = RunningNormalizer(
+            observation_dim, merge="exact" if settings.normalizer == "exact" else "released"
+        )
+        # A random critic would drown sparse rewards in its own error for a million steps.
+        sizes = settings.critic_hidden
+        self.critic = MLP(observation_dim, num_values, sizes, output_gain=0.0, generator=generator)
+        self.median_critic = None
+        if settings.median_temperature is not None:
+            self.median_critic = MLP(
+                observation_dim, 1, sizes, output_gain=0.0, generator=generator
+            )
+
+    @property
+    def normalizer(self) -> RunningNormalizer:
+        """Observation statistics, which actor and critic share."""
+        normalizer = self.actor.normalizer
+        assert isinstance(normalizer, RunningNormalizer)
+        return normalizer
+
+    def value(self, observation: Tensor) -> Tensor:
+        """Return scaled values ``[..., K]`` at raw observations ``[..., d]``."""
+        values: Tensor = self.critic(self.normalizer(observation))
+        return values
+
+    def values_at_normalized(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scaled values ``[..., K]`` and, with such a critic, soft medians ``[...]``."""
+        value = self.critic(observation)
+        if self.median_critic is None:
+            return value, None
+        return value, self.median_critic(observation).squeeze(-1)
+
+    def copy_critics(self, other: ActorCritic) -> None:
+        """Take over the critics and observation statistics of another."""
+        self.critic.load_state_dict(other.critic.state_dict())
+        if self.median_critic is not None and other.median_critic is not None:
+            self.median_critic.load_state_dict(other.median_critic.state_dict())
+        self.normalizer.load_state_dict(other.normalizer.state_dict())
+
+
+class Encoder(ActorCritic):
+    """A Gaussian over latents, and its critics.
 
     Args:
         observation_dim: Size of the observation.
         latent_dim: Size of the latent, equal to that of the action.
         settings: Network sizes and initialisation.
         generator: Source of the initial weights.
-        init: ``gaussian`` or ``fresh``; see :class:`OnPolicySettings`.
+        init: ``gaussian`` or ``fresh``; see :class:`~genpol.on_policy.GaussianSettings`.
+        num_values: Values K of the critic.
     """
+
+    actor: GaussianPolicy
 
     def __init__(
         self,
         observation_dim: int,
         latent_dim: int,
-        settings: OnPolicySettings,
+        settings: GaussianSettings,
         *,
         generator: torch.Generator,
         init: str,
+        num_values: int = 1,
     ) -> None:
-        super().__init__()
-        self.actor = GaussianPolicy(
+        actor = GaussianPolicy(
             observation_dim,
             latent_dim,
             settings.actor_hidden,
             max_scale=settings.max_scale,
             generator=generator,
         )
-        self.actor.normalizer = RunningNormalizer(
-            observation_dim, merge="exact" if settings.normalizer == "exact" else "released"
-        )
         if init == "gaussian":
-            self.actor.reset_to_prior()
-        # A random critic would drown sparse rewards in its own error for a million steps.
-        self.critic = self._make_critic(observation_dim, settings, generator)
-        self.median_critic = None
-        if settings.median_temperature is not None:
-            self.median_critic = self._make_critic(observation_dim, settings, generator)
-
-    @staticmethod
-    def _make_critic(
-        observation_dim: int, settings: OnPolicySettings, generator: torch.Generator
-    ) -> MLP:
-        hidden = settings.critic_hidden
-        return MLP(observation_dim, 1, hidden, output_gain=0.0, generator=generator)
-
-    @property
-    def normalizer(self) -> RunningNormalizer:
-        """Observation statistics, which actor and critic share."""
-        return self.actor.normalizer
+            actor.reset_to_prior()
+        super().__init__(
+            actor, observation_dim, settings, generator=generator, num_values=num_values
+        )
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation ``[..., A]`` at raw observations ``[..., d]``."""
         mean, scale = self.actor(observation)
         return mean, scale
-
-    def value(self, observation: Tensor) -> Tensor:
-        """Return scaled values ``[...]`` at raw observations ``[..., d]``."""
-        return self.critic(self.normalizer(observation)).squeeze(-1)
-
-    def values_at_normalized(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return scaled values ``[...]`` and, where there is such a critic, soft medians."""
-        value = self.critic(observation).squeeze(-1)
-        if self.median_critic is None:
-            return value, None
-        return value, self.median_critic(observation).squeeze(-1)
-
-    def copy_critics(self, other: Encoder) -> None:
-        """Take over the critics and observation statistics of another encoder."""
-        self.critic.load_state_dict(other.critic.state_dict())
-        if self.median_critic is not None and other.median_critic is not None:
-            self.median_critic.load_state_dict(other.median_critic.state_dict())
-        self.normalizer.load_state_dict(other.normalizer.state_dict())
 
 
 class DecodedPolicy(TensorDictModuleBase):

@@ -11,8 +11,22 @@ from torch import Tensor
 from genpol.agent import Agent, Specs
 from genpol.on_policy.actors import DecodedPolicy, Encoder
 from genpol.on_policy.learner import OnPolicyLearner
-from genpol.on_policy.settings import OnPolicySettings
+from genpol.on_policy.likelihood import LatentLikelihood
+from genpol.on_policy.settings import GaussianSettings
 from genpol.policies.latent import IdentityDecoder
+
+
+def gaussian_learner(
+    encoder: Encoder, settings: GaussianSettings, *, specs: Specs, generator: torch.Generator
+) -> OnPolicyLearner:
+    """Return the learner of a Gaussian over latents."""
+    return OnPolicyLearner(
+        encoder,
+        settings,
+        specs=specs,
+        generator=generator,
+        likelihood=LatentLikelihood(encoder.actor, settings, generator),
+    )
 
 
 class GaussianAgent(Agent):
@@ -27,7 +41,7 @@ class GaussianAgent(Agent):
 
     source = "rollout"
 
-    def __init__(self, settings: OnPolicySettings, specs: Specs, *, device: str, seed: int) -> None:
+    def __init__(self, settings: GaussianSettings, specs: Specs, *, device: str, seed: int) -> None:
         super().__init__()
         self.settings = settings
         self.specs = specs
@@ -39,6 +53,7 @@ class GaussianAgent(Agent):
             settings,
             generator=self.generator,
             init=settings.encoder_init,
+            num_values=settings.num_values(specs),
         ).to(device)
         self.policy = DecodedPolicy(
             encoder,
@@ -46,9 +61,7 @@ class GaussianAgent(Agent):
             generator=self.generator,
             noise_correlation=settings.noise_correlation,
         )
-        self.learner = OnPolicyLearner(
-            encoder, settings, generator=self.generator, action_repeat=specs.action_repeat
-        )
+        self.learner = gaussian_learner(encoder, settings, specs=specs, generator=self.generator)
 
     @property
     def gradient_steps(self) -> int:  # type: ignore[override]

@@ -9,13 +9,17 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from genpol.agent import Specs
 from genpol.nn.optimizer import GuardedOptimizer
-from genpol.objectives.advantages import brax_gae, gae, normalize_advantage
+from genpol.objectives.advantages import normalize_advantage
 from genpol.objectives.bpo import soft_median_loss
 from genpol.objectives.regularisers import value_loss
-from genpol.objectives.surrogates import clamped_log_ratio
-from genpol.on_policy.actors import Encoder
-from genpol.on_policy.likelihood import LatentLikelihood, Likelihood, Rows
+from genpol.objectives.selection import pipo_coefficients
+from genpol.objectives.surrogates import clamped_log_ratio, ppo_clip
+from genpol.on_policy.actors import ActorCritic
+from genpol.on_policy.credit import Credit
+from genpol.on_policy.likelihood import Evaluation, Likelihood, Rows
+from genpol.on_policy.pipo import PIPO
 from genpol.on_policy.settings import OnPolicySettings
 from genpol.on_policy.surrogates import SURROGATES, Terms
 
@@ -27,36 +31,41 @@ class OnPolicyLearner:
     otherwise the first likelihood ratios would already differ from one.
 
     Args:
-        encoder: Actor and critics; what is trained.
+        actor_critic: Actor and critics; what is trained.
         settings: Hyper-parameters.
+        specs: Sizes of the environment.
         generator: Source of the minibatch order and of random choices.
-        action_repeat: Environment steps per row, for schedules.
-        likelihood: Of the actor; by default that of Gaussian latents.
+        likelihood: Of the actor.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        actor_critic: ActorCritic,
         settings: OnPolicySettings,
         *,
+        specs: Specs,
         generator: torch.Generator,
-        action_repeat: int = 1,
-        likelihood: Likelihood | None = None,
+        likelihood: Likelihood,
     ) -> None:
-        self.encoder = encoder
+        self.actor_critic = actor_critic
         self.settings = settings
         self.gradient_steps = 0
         self._env_steps = 0
-        self._action_repeat = action_repeat
+        self._action_repeat = specs.action_repeat
         self._generator = generator
-        self._likelihood = likelihood or LatentLikelihood(encoder.actor, settings, generator)
-        action_dim = encoder.actor.action_shape[-1]
+        self._likelihood = likelihood
+        self._credit = Credit(settings, specs)
+        self._pipo = PIPO(settings.pipo) if settings.pipo.enabled else None
         self.surrogate = SURROGATES[settings.surrogate](
-            settings, encoder.actor, action_dim, generator
+            settings, actor_critic.actor, specs.action_dim, generator
         )
-        actor, critics = [*encoder.actor.parameters()], [*encoder.critic.parameters()]
-        if encoder.median_critic is not None:
-            critics += encoder.median_critic.parameters()
+        # These have a scale of their own, which whitening would undo.
+        own_scale = settings.combine == "dvao" or settings.advantage == "group"
+        self._normalizes = self.surrogate.normalizes_advantage and not own_scale
+        actor = [*actor_critic.actor.parameters()]
+        critics = [*actor_critic.critic.parameters()]
+        if actor_critic.median_critic is not None:
+            critics += actor_critic.median_critic.parameters()
         self._actor_optimizer = self._optimizer("actor", actor, settings.learning_rate)
         self._critic_optimizer = self._optimizer("critic", critics, settings.critic_learning_rate)
 
@@ -82,49 +91,61 @@ class OnPolicyLearner:
         batch_steps = batch.numel() * self._action_repeat
         self._env_steps += batch_steps
         self.surrogate.begin_rollout(self._env_steps, batch_steps)
-        rollout, metrics = self._prepare(batch)
+        rollout, returns, metrics = self._prepare(batch)
+        if self._pipo is not None:
+            metrics |= self._correct_previous(self._pipo, rollout, returns)
         metrics |= self._optimise(rollout)
-        self.encoder.normalizer.update(batch["observation"])
+        self._likelihood.end_rollout()
+        self.actor_critic.normalizer.update(batch["observation"])
         metrics["policy/learning_rate"] = torch.tensor(self._actor_optimizer.learning_rate)
         metrics["skipped_updates"] = torch.tensor(float(self.skipped))
         return metrics
 
     @torch.no_grad()
-    def _prepare(self, batch: TensorDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the rollout as rows, and what it says about critic and actions."""
-        settings, after = self.settings, batch["next"]
-        observation = self.encoder.normalizer(batch["observation"])
-        value, _ = self.encoder.values_at_normalized(observation)
-        done = after["done"].squeeze(-1)
+    def _prepare(self, batch: TensorDict) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Return the rollout as rows, returns of its episodes, and what it says of the critic."""
+        after = batch["next"]
+        observation = self.actor_critic.normalizer(batch["observation"])
+        value, _ = self.actor_critic.values_at_normalized(observation)
         # The next step's value is at hand except where an episode or the rollout ends.
         next_value = torch.cat([value[:, 1:], value[:, -1:]], dim=1)
-        ends = done.clone()
+        ends = after["done"].squeeze(-1).clone()
         ends[:, -1] = True
-        next_value[ends] = self.encoder.value(after["observation"][ends])
-        # A diverged step has no say: with r = V and no bootstrap its own error is zero, and the
-        # step before it ends with the value of the last good observation.
-        diverged = after["diverged"].squeeze(-1)
-        reward = after["reward"].squeeze(-1) * settings.reward_scale
-        estimate = gae if settings.advantage == "gae" else brax_gae
-        advantage, target = estimate(
-            torch.where(diverged, value, reward),
-            value,
-            next_value,
-            after["terminated"].squeeze(-1) | diverged,
-            done,
-            settings.gamma,
-            settings.gae_lambda,
-        )
+        next_value[ends] = self.actor_critic.value(after["observation"][ends])
+        worth = self._credit(batch, value, next_value)
         kept = self._likelihood.keep(batch, observation)
-        kept |= {"observation": observation, "advantage": advantage, "target": target}
-        keep = ~diverged.flatten()
-        rows = {name: x.flatten(0, 1)[keep] for name, x in kept.items()}
-        residual = (target - value).flatten()[keep]
+        kept |= {
+            "observation": observation,
+            "advantage": worth.advantage,
+            "target": worth.target,
+        }
+        optional = {"centred": worth.centred, "risk": worth.risk}
+        kept |= {name: x for name, x in optional.items() if x is not None}
+        rows = {name: x.flatten(0, 1)[worth.valid.flatten()] for name, x in kept.items()}
+        residual = (worth.target - value)[worth.valid]
         metrics = {
             "value/explained_variance": 1 - residual.var() / rows["target"].var(),
-            "value/mean": value.mean() / settings.reward_scale,
+            "value/mean": value.sum(-1).mean() / self.settings.reward_scale,
         }
-        return rows, metrics
+        return rows, worth.returns, metrics
+
+    def _correct_previous(self, pipo: PIPO, rollout: Rows, returns: Tensor) -> dict[str, Tensor]:
+        """Repeat or undo the update before this one, as the returns since tell."""
+        multiplier = pipo.judge(returns)
+        previous, pipo.previous = pipo.previous, dict(rollout)
+        if previous is not None and multiplier != 0:
+            advantage = normalize_advantage(previous["advantage"])
+            previous["advantage"] = pipo_coefficients(advantage, multiplier, grouped=False)
+            for rows in self._minibatches(previous):
+                log_prob, advantage = self._likelihood.evaluate(rows).log_prob, rows["advantage"]
+                log_ratio = clamped_log_ratio(log_prob, rows["log_prob"])
+                if log_ratio.ndim > 1:
+                    advantage = advantage.unsqueeze(-1).expand_as(log_ratio)
+                clip = self.settings.clip
+                loss = ppo_clip(log_ratio, advantage, clip_low=clip, clip_high=clip).mean()
+                self._actor_optimizer.step(loss)
+                self.gradient_steps += 1
+        return {"pipo/multiplier": multiplier}
 
     def _optimise(self, rollout: Rows) -> dict[str, Tensor]:
         """Make the passes over a rollout and return metrics averaged over their steps."""
@@ -159,7 +180,7 @@ class OnPolicyLearner:
 
     def _step(self, rows: Rows, learn_actor: bool = True) -> dict[str, Tensor]:
         """Take one step of the actor, those of the critics on its rows, and return metrics."""
-        values = self.encoder.values_at_normalized(rows["observation"])
+        values = self.actor_critic.values_at_normalized(rows["observation"])
         metrics = self._actor_step(rows, *values, learn_actor)
         pieces = max(1, self.settings.critic_minibatches // self.settings.minibatches)
         if pieces == 1:
@@ -168,7 +189,7 @@ class OnPolicyLearner:
             observations = rows["observation"].tensor_split(pieces)
             targets = rows["target"].tensor_split(pieces)
             for observation, target in zip(observations, targets, strict=True):
-                values = self.encoder.values_at_normalized(observation)
+                values = self.actor_critic.values_at_normalized(observation)
                 metrics |= self._critic_step(*values, target)
         self.gradient_steps += 1
         return metrics
@@ -176,10 +197,14 @@ class OnPolicyLearner:
     def _critic_step(
         self, value: Tensor, median: Tensor | None, target: Tensor
     ) -> dict[str, Tensor]:
+        if self.settings.advantage == "group":
+            return {}
         loss, metrics = value_loss(value, target)
         temperature = self.settings.median_temperature
         if median is not None and temperature is not None:
-            median_loss = soft_median_loss(median, target, temperature=temperature).mean()
+            median_loss = soft_median_loss(
+                median, target.squeeze(-1), temperature=temperature
+            ).mean()
             metrics["loss/median"] = median_loss.detach()
             loss = loss + median_loss
         self._critic_optimizer.step(loss)
@@ -190,23 +215,12 @@ class OnPolicyLearner:
     ) -> dict[str, Tensor]:
         evaluation = self._likelihood.evaluate(rows)
         log_ratio = clamped_log_ratio(evaluation.log_prob, rows["log_prob"])
-        advantage = rows["advantage"]
-        if self.surrogate.normalizes_advantage:
-            advantage = normalize_advantage(advantage)
-        losses, metrics = self.surrogate.loss(
-            Terms(
-                log_prob=evaluation.log_prob,
-                log_ratio=log_ratio,
-                advantage=advantage,
-                target=rows["target"],
-                value=value.detach(),
-                median=None if median is None else median.detach(),
-                divergence=evaluation.divergence,
-                proximal_log_prob=torch.no_grad()(
-                    lambda actor: self._likelihood.log_prob(actor, rows)
-                ),
-            )
-        )
+        terms = self._terms(rows, evaluation, log_ratio, value, median)
+        losses, metrics = self.surrogate.loss(terms)
+        keep = self._likelihood.mask(rows, terms.advantage, self._actor_optimizer)
+        if keep is not None:
+            losses = torch.where(keep, losses, 0.0)
+            metrics["policy/masked"] = 1.0 - keep.float().mean()
         loss = losses.mean() + evaluation.regulariser
         if learn:
             self._actor_optimizer.step(loss)
@@ -220,6 +234,43 @@ class OnPolicyLearner:
             "policy/clip_fraction": outside.to(ratio.dtype).mean(),
             "policy/ratio_max": ratio.max(),
         }
+
+    def _terms(
+        self,
+        rows: Rows,
+        evaluation: Evaluation,
+        log_ratio: Tensor,
+        value: Tensor,
+        median: Tensor | None,
+    ) -> Terms:
+        """Return what the surrogate reads, with one row for every ratio."""
+        advantage = rows["advantage"]
+        if self._normalizes:
+            advantage = normalize_advantage(advantage)
+        if "risk" in rows:
+            advantage = advantage + rows["risk"]
+        steps = log_ratio.shape[1:]
+
+        def each(x: Tensor) -> Tensor:
+            return x.unsqueeze(-1).expand(-1, *steps).flatten() if steps else x
+
+        advantage, clip = each(advantage), evaluation.step_clip
+        if evaluation.step_weight is not None:
+            advantage = advantage * evaluation.step_weight.repeat(len(log_ratio))
+        return Terms(
+            log_prob=evaluation.log_prob.flatten(),
+            log_ratio=log_ratio.flatten(),
+            advantage=advantage,
+            target=each(rows["target"].sum(-1)),
+            value=each(value.detach().sum(-1)),
+            median=None if median is None else each(median.detach()),
+            centred=each(rows["centred"]) if "centred" in rows else None,
+            clip=None if clip is None else clip.repeat(len(log_ratio)),
+            divergence=lambda: evaluation.divergence().flatten(),
+            proximal_log_prob=torch.no_grad()(
+                lambda actor: self._likelihood.log_prob(actor, rows).flatten()
+            ),
+        )
 
     def _adapt_learning_rate(self, divergence: Tensor) -> None:
         """Steer the actor's step size towards the target divergence (as rsl_rl does).
@@ -248,6 +299,9 @@ class OnPolicyLearner:
             "gradient_steps": self.gradient_steps,
             "env_steps": self._env_steps,
             "surrogate": self.surrogate.state(),
+            "likelihood": self._likelihood.state(),
+            "credit": self._credit.state(),
+            "pipo": None if self._pipo is None else self._pipo.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -255,5 +309,9 @@ class OnPolicyLearner:
         self._actor_optimizer.load_state_dict(state["actor_optimizer"])
         self._critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.gradient_steps = state["gradient_steps"]
-        self._env_steps = state.get("env_steps", 0)
-        self.surrogate.load_state(state.get("surrogate", {}))
+        self._env_steps = state["env_steps"]
+        self.surrogate.load_state(state["surrogate"])
+        self._likelihood.load_state(state["likelihood"])
+        self._credit.load_state(state["credit"])
+        if self._pipo is not None:
+            self._pipo.load_state(state["pipo"])

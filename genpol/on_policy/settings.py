@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.errors import ConfigError
+from genpol.on_policy.credit import RiskSettings
+from genpol.on_policy.masks import CAPOSettings
+from genpol.on_policy.pipo import PIPOSettings
 from genpol.on_policy.surrogates import SurrogateSettings
 
 
@@ -27,16 +30,17 @@ class OnPolicySettings(SurrogateSettings):
     gae_lambda: float = 0.95
     """Decay of generalised advantage estimation."""
     advantage: str = "gae"
-    """Estimator: textbook `gae`, or `brax` (no lambda on the first link)."""
-    entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
-    squashed_entropy: bool = False
-    """Whether the entropy is that of the action after tanh (penalises saturation)."""
-    prior: str = "kl"
-    """What holds the latent near N(0, I): `kl`, `ridge` (the released code; its optimum is a point
-    mass) or `none`."""
-    prior_coefficient: float = 1e-2
-    """Weight of that regulariser."""
+    """Estimator: textbook `gae`, `brax` (no lambda on the first link), or `group` (returns against
+    those of environments that set out from the same state, without a critic)."""
+    combine: str = "sum"
+    """Reward of several terms: learn from their `sum`, or one value each, combined by `gdpo` or
+    `dvao`."""
+    reward_weights: list[float] = field(default_factory=list)
+    """Weight of each term of the reward; empty for 1 each."""
+    risk: RiskSettings = field(default_factory=RiskSettings)
+    """Of episode returns, beside the advantage (RiskPO)."""
+    pipo: PIPOSettings = field(default_factory=PIPOSettings)
+    """Feedback of returns on the update before (PIPO)."""
     learning_rate: float = 1e-3
     """Adam step size of the actor at the start."""
     critic_learning_rate: float = 1e-3
@@ -51,14 +55,6 @@ class OnPolicySettings(SurrogateSettings):
     """Widths of the actor's hidden layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [64, 64])
     """Widths of the critic's hidden layers."""
-    action_gain: float = 1.0
-    """Factor from the latent to the action before the squash, as long as no decoder is fitted."""
-    noise_correlation: float = 0.0
-    """Correlation of the exploration noise from one action to the next; 0 is white noise."""
-    encoder_init: str = "gaussian"
-    """`gaussian` starts at exactly N(0, I) for every observation, `fresh` at random weights."""
-    max_scale: float = 10.0
-    """Upper bound of the standard deviation."""
     normalizer: str = "exact"
     """Merge of observation statistics; `released` reproduces the defect of the GoRL release."""
     nonfinite_patience: int = 10
@@ -69,7 +65,7 @@ class OnPolicySettings(SurrogateSettings):
         super().__post_init__()
         for name in (
             *("rollout_steps", "epochs", "minibatches", "learning_rate", "critic_learning_rate"),
-            *("max_grad_norm", "reward_scale", "action_gain"),
+            *("max_grad_norm", "reward_scale"),
         ):
             check.positive(f"agent.{name}", getattr(self, name))
         check.at_least("agent.critic_minibatches", self.critic_minibatches, 0)
@@ -79,18 +75,23 @@ class OnPolicySettings(SurrogateSettings):
                 f"agent.minibatches = {self.minibatches}, or 0 for as many"
             )
         check.at_least("agent.nonfinite_patience", self.nonfinite_patience, 1)
-        check.at_least("agent.max_scale", self.max_scale, 1.0)  # N(0, I) must be within reach
         check.widths("agent.actor_hidden", self.actor_hidden)
         check.widths("agent.critic_hidden", self.critic_hidden)
-        for name in ("entropy_coefficient", "prior_coefficient", "target_kl"):
-            check.at_least(f"agent.{name}", getattr(self, name), 0.0)
+        check.at_least("agent.target_kl", self.target_kl, 0.0)
         for name in ("gamma", "gae_lambda"):
             check.within(f"agent.{name}", getattr(self, name), 0.0, 1.0)
-        check.within("agent.noise_correlation", self.noise_correlation, 0.0, 0.99)
-        check.one_of("agent.advantage", self.advantage, ("gae", "brax"))
-        check.one_of("agent.prior", self.prior, ("ridge", "kl", "none"))
-        check.one_of("agent.encoder_init", self.encoder_init, ("gaussian", "fresh"))
+        check.one_of("agent.advantage", self.advantage, ("gae", "brax", "group"))
+        check.one_of("agent.combine", self.combine, ("sum", "gdpo", "dvao"))
+        if self.combine != "sum" and (self.surrogate == "bpo" or self.advantage == "group"):
+            raise ConfigError(
+                f"agent.combine = {self.combine!r}: surrogate=bpo and advantage=group know one "
+                "reward only; set agent.combine=sum"
+            )
         check.one_of("agent.normalizer", self.normalizer, ("exact", "released"))
+
+    def num_values(self, specs: Specs) -> int:
+        """Return how many values the critic gives: one, or one for each term of the reward."""
+        return 1 if self.combine == "sum" else specs.num_rewards
 
     def frames_per_batch(self, specs: Specs) -> int:
         """Return the actions in one rollout of all environments.
@@ -106,3 +107,39 @@ class OnPolicySettings(SurrogateSettings):
                 "(agent.rollout_steps x num_envs); lower it or raise one of those"
             )
         return frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianSettings(OnPolicySettings):
+    """Hyper-parameters of agents whose trained actor is a Gaussian."""
+
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    squashed_entropy: bool = False
+    """Whether the entropy is that of the action after tanh (penalises saturation)."""
+    prior: str = "kl"
+    """What holds the latent near N(0, I): `kl`, `ridge` (the released code; its optimum is a point
+    mass) or `none`."""
+    prior_coefficient: float = 1e-2
+    """Weight of that regulariser."""
+    action_gain: float = 1.0
+    """Factor from the latent to the action before the squash, as long as no decoder is fitted."""
+    noise_correlation: float = 0.0
+    """Correlation of the exploration noise from one action to the next; 0 is white noise."""
+    encoder_init: str = "gaussian"
+    """`gaussian` starts at exactly N(0, I) for every observation, `fresh` at random weights."""
+    max_scale: float = 10.0
+    """Upper bound of the standard deviation."""
+    capo: CAPOSettings = field(default_factory=CAPOSettings)
+    """Masking of rows whose own step would go too far (CAPO)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of bounds."""
+        super().__post_init__()
+        check.positive("agent.action_gain", self.action_gain)
+        check.at_least("agent.max_scale", self.max_scale, 1.0)  # N(0, I) must be within reach
+        for name in ("entropy_coefficient", "prior_coefficient"):
+            check.at_least(f"agent.{name}", getattr(self, name), 0.0)
+        check.within("agent.noise_correlation", self.noise_correlation, 0.0, 0.99)
+        check.one_of("agent.prior", self.prior, ("ridge", "kl", "none"))
+        check.one_of("agent.encoder_init", self.encoder_init, ("gaussian", "fresh"))

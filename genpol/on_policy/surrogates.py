@@ -223,6 +223,8 @@ class Terms:
         advantage: Normalised if the surrogate wants it so.
         target: Return estimates, in scaled reward.
         value: The critic's present values.
+        centred: Advantage counted from the median of the row's group; ``None`` without groups.
+        clip: Bound on the ratio of each row in place of the settings' own, or ``None``.
         median: The median head's present values; ``None`` without such a head.
         divergence: Computes ``KL(new || old)``; carries gradient.
         proximal_log_prob: Computes the log-density under another actor, without gradient.
@@ -234,6 +236,8 @@ class Terms:
     target: Tensor
     value: Tensor
     median: Tensor | None
+    centred: Tensor | None
+    clip: Tensor | None
     divergence: Callable[[], Tensor]
     proximal_log_prob: Callable[[nn.Module], Tensor]
 
@@ -296,11 +300,12 @@ class PPO(Surrogate):
     def loss(self, terms: Terms) -> tuple[Tensor, Metrics]:
         """See :func:`~genpol.objectives.surrogates.ppo_clip`."""
         settings = self.settings
+        clip = settings.clip if terms.clip is None else terms.clip
         rows = losses.ppo_clip(
             terms.log_ratio,
             terms.advantage,
-            clip_low=settings.clip,
-            clip_high=settings.clip,
+            clip_low=clip,
+            clip_high=clip,
             dual_clip=settings.dual_clip,
         )
         return rows, {}
@@ -316,12 +321,13 @@ class BPO(Surrogate):
         own = self.settings.bpo
         centre = terms.value if terms.median is None else terms.median
         target = bpo_target(
-            terms.target - centre,
+            terms.target - centre if terms.centred is None else terms.centred,
             low=1.0 - own.low,
             high=1.0 + own.high,
             temperature=own.temperature,
         )
-        weight = terms.target - terms.value if own.weight == "online" else terms.advantage
+        online = own.weight == "online" and terms.centred is None
+        weight = terms.target - terms.value if online else terms.advantage
         rows = bpo(terms.log_ratio, weight, target=target, huber=own.huber)
         distance = (terms.log_ratio.detach().exp() - target).abs().mean()
         return rows, {"policy/target_distance": distance}

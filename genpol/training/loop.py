@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from genpol.agent import Agent, ReplayAgent
+from genpol.data.episodes import EpisodeTracker
 from genpol.data.replay import Replay
 from genpol.errors import CheckpointError, NonFiniteError
 from genpol.seeding import derive
@@ -20,8 +21,7 @@ from genpol.training import checkpoint
 from genpol.training.collection import Collector, make_collector
 from genpol.training.display import TerminalReport
 from genpol.training.dump import write_dump
-from genpol.training.episodes import EpisodeTracker
-from genpol.training.evaluation import Evaluation, evaluate
+from genpol.training.evaluation import evaluate
 from genpol.training.run import Run
 from genpol.training.settings import TrainSettings
 from genpol.training.signals import SignalWatch
@@ -33,6 +33,10 @@ class EnvFactory(Protocol):
     def __call__(self, *, num_envs: int, seed: int, training: bool = False) -> EnvBase:
         """Return an environment ``[num_envs]``."""
         ...
+
+
+class _CutShort(Exception):  # noqa: N818 - a stop, not an error
+    """An evaluation is given up because a signal asks the run to stop."""
 
 
 class Training:
@@ -67,7 +71,8 @@ class Training:
             seed=self._evaluation_seed,
         )
         self._replay = _make_replay(agent, settings)
-        self._episodes = EpisodeTracker(settings.num_envs)
+        self._reward_terms: tuple[str, ...] = getattr(self._env, "reward_terms", ())
+        self._episodes = EpisodeTracker(settings.num_envs, max(1, len(self._reward_terms)))
         self._evaluated_at = self._saved_at = -1
         self._started = time.monotonic()
 
@@ -78,24 +83,30 @@ class Training:
 
     def start(self) -> None:
         """Train from where it stands until the last step, a signal, or a failure."""
-        settings = self.settings
-        report = TerminalReport(settings.total_steps, start_steps=self.env_steps)
+        report = TerminalReport(self.settings.total_steps, start_steps=self.env_steps)
         with SignalWatch() as signals, report:
-            if self.env_steps == 0:
-                self._evaluate(report)
+            # The evaluation before training, or one that a signal cut short before a resumption.
+            if self._evaluation_due() and self._pause(signals, report):
+                return
             for batch in self._batches():
                 self._update(batch, report)
-                last = self.env_steps >= settings.total_steps
-                if last or self._due(settings.evaluation.interval_steps, self._evaluated_at):
-                    self._evaluate(report)
-                asked = signals.checkpoint_requested()
-                stop = signals.stop_requested
-                due = self._due(settings.checkpoint.interval_steps, self._saved_at)
-                if last or asked or stop or due:
-                    self.save()
-                if stop and not last:
-                    self.interrupted = signals.stop_signal
-                    break
+                if self._pause(signals, report):
+                    return
+
+    def _pause(self, signals: SignalWatch, report: TerminalReport) -> bool:
+        """Evaluate and save if it is time to, and return whether a signal stops the run here."""
+        last = self.env_steps >= self.settings.total_steps
+        if self._evaluation_due():
+            self._evaluate(signals, report)
+        finished = last and not self._evaluation_due()
+        asked = signals.checkpoint_requested()
+        stop = signals.stop_requested and not finished
+        due = self._due(self.settings.checkpoint.interval_steps, self._saved_at)
+        if finished or asked or stop or due:
+            self.save()
+        if stop:
+            self.interrupted = signals.stop_signal
+        return stop
 
     def _batches(self) -> Iterator[TensorDict]:
         """Yield rollouts ``[num_envs, time]`` until the budget of steps is spent."""
@@ -119,7 +130,8 @@ class Training:
         return collector
 
     def _update(self, batch: TensorDict, report: TerminalReport) -> None:
-        returns = self._episodes.update(batch)
+        finished = self._episodes.update(batch)
+        returns = finished.returns
         try:
             metrics = self._learn(batch)
         except NonFiniteError as error:
@@ -131,6 +143,8 @@ class Training:
         self.env_steps += batch.numel() * self._env.action_repeat
         if len(returns) > 0:
             metrics["train/return"] = returns.mean()
+            for name, term in zip(self._reward_terms, finished.terms.mean(0), strict=False):
+                metrics[f"train/return/{name}"] = term
         metrics["train/episodes"] = torch.tensor(float(len(returns)))
         metrics["train/diverged"] = batch["next", "diverged"].sum()
         self.run.log_metrics(
@@ -155,21 +169,35 @@ class Training:
             for name in (history[-1] if history else ())
         }
 
-    def _evaluate(self, report: TerminalReport) -> Evaluation:
+    def _evaluate(self, signals: SignalWatch, report: TerminalReport) -> None:
+        """Evaluate the policy; a stop signal cuts it short, and nothing of it is kept."""
+
+        def heed_signals() -> None:
+            if signals.stop_requested:
+                raise _CutShort
+
         settings = self.settings.evaluation
-        result = evaluate(
-            self.agent.policy,
-            self._evaluation_env,
-            episodes=settings.episodes,
-            seed=self._evaluation_seed,
-        )
-        summary = result.summary()
+        try:
+            summary = evaluate(
+                self.agent.policy,
+                self._evaluation_env,
+                episodes=settings.episodes,
+                seed=self._evaluation_seed,
+                on_step=heed_signals,
+            ).summary()
+        except _CutShort:
+            return
         self.run.log_evaluation(
             self.env_steps, self.agent.gradient_steps, self.wall_clock_s, summary
         )
         report.update(self.env_steps, eval_return=summary["return_mean"])
         self._evaluated_at = self.env_steps
-        return result
+
+    def _evaluation_due(self) -> bool:
+        if self._evaluated_at == self.env_steps:
+            return False
+        ends = self.env_steps == 0 or self.env_steps >= self.settings.total_steps
+        return ends or self._due(self.settings.evaluation.interval_steps, self._evaluated_at)
 
     def _due(self, interval: int, last: int) -> bool:
         return self.env_steps // interval > max(last, 0) // interval
@@ -179,7 +207,8 @@ class Training:
         state = {
             "weights": dict(self.agent.state_dict()),
             "training": self.agent.training_state(),
-            "simulation": self._env.state_dict_of_simulation(),
+            # Before the first step, the collector has yet to reset: there is nothing to restore.
+            "simulation": self._env.state_dict_of_simulation() if self.env_steps > 0 else None,
             "episodes": self._episodes.state(),
             "replay": None if self._replay is None else self._replay.state(),
             "torch_generator": torch.get_rng_state(),
@@ -230,7 +259,7 @@ class Training:
         self._evaluated_at = state["evaluated_at"]
         self._started = time.monotonic() - state["wall_clock_s"]
         checkpoint.discard_after(path)
-        self.run.truncate_to(self.env_steps)
+        self.run.truncate_to(self.env_steps, evaluated_at=self._evaluated_at)
 
     def close(self) -> None:
         """Close the environments."""

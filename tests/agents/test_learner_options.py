@@ -13,13 +13,19 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from genpol import agents
 from genpol.agent import Specs
 from genpol.agents.ppo import Settings
-from genpol.on_policy import DecodedPolicy, Encoder, OnPolicyLearner
+from genpol.on_policy import DecodedPolicy, Encoder, gaussian_learner
 from genpol.policies.latent import IdentityDecoder
 
 ENVS, STEPS = 4, 6
 # Where episodes end: nowhere, terminated, truncated, and both kinds one after the other.
 TERMINATED = [(1, 2), (3, 0)]
 TRUNCATED = [(2, 3), (3, 1), (3, 4)]
+
+SPECS = Specs(observation_dim=3, action_dim=2, num_envs=8)
+
+
+def learner_of(encoder, settings, generator):
+    return gaussian_learner(encoder, settings, specs=SPECS, generator=generator)
 
 
 def make_learner(settings, *, init="fresh"):
@@ -28,7 +34,7 @@ def make_learner(settings, *, init="fresh"):
     # A critic that starts at zero would hide whose value an advantage takes.
     encoder.critic.linears[-1].weight.data.normal_(generator=generator)
     policy = DecodedPolicy(encoder, IdentityDecoder(), generator=generator)
-    return OnPolicyLearner(encoder, settings, generator=generator), policy
+    return learner_of(encoder, settings, generator), policy
 
 
 def rollout(policy, *, ends=True):
@@ -64,9 +70,9 @@ def prepared(settings):
     policy.encoder.normalizer.update(5 * torch.randn(50, 3, generator=learner._generator) + 1)
     batch = rollout(policy)
     with torch.no_grad():
-        values = policy.encoder.value(batch["observation"]).double()
-        next_values = policy.encoder.value(batch["next", "observation"]).double()
-    rows, _ = learner._prepare(batch)
+        values = policy.encoder.value(batch["observation"]).squeeze(-1).double()
+        next_values = policy.encoder.value(batch["next", "observation"]).squeeze(-1).double()
+    rows, _, _ = learner._prepare(batch)
     return batch, values, next_values, {name: x.view(ENVS, STEPS, -1) for name, x in rows.items()}
 
 
@@ -126,7 +132,7 @@ def test_rewards_reach_the_critic_scaled():
     learner, policy = make_learner(settings)
     policy.encoder.critic.linears[-1].weight.data.zero_()
     batch = rollout(policy, ends=False)
-    rows, _ = learner._prepare(batch)
+    rows, _, _ = learner._prepare(batch)
     expected = 0.25 * batch["next", "reward"].squeeze(-1).flip(1).cumsum(1).flip(1)
     torch.testing.assert_close(rows["target"].view(ENVS, STEPS), expected)
 
@@ -135,8 +141,8 @@ def test_the_logged_value_is_in_units_of_the_reward():
     settings = Settings(reward_scale=0.25)
     learner, policy = make_learner(settings)
     batch = rollout(policy)
-    scaled = policy.encoder.value(batch["observation"]).mean().item()
-    assert learner._prepare(batch)[1]["value/mean"].item() == pytest.approx(scaled / 0.25)
+    scaled = policy.encoder.value(batch["observation"]).squeeze(-1).mean().item()
+    assert learner._prepare(batch)[2]["value/mean"].item() == pytest.approx(scaled / 0.25)
 
 
 @pytest.mark.parametrize(("normalizer", "shrinks"), [("exact", False), ("released", True)])
@@ -223,7 +229,6 @@ def test_plain_entropy_leaves_the_mean_alone():
 
 @pytest.mark.parametrize("name", ["ppo", "gorl"])
 def test_action_gain_widens_the_action_before_the_squash(name):
-    specs = Specs(observation_dim=3, action_dim=2, num_envs=8)
-    agent = agents.make(name, agents.settings_class(name)(action_gain=3.0), specs, seed=0)
+    agent = agents.make(name, agents.settings_class(name)(action_gain=3.0), SPECS, seed=0)
     out = agent.policy(TensorDict({"observation": torch.randn(5, 3)}, [5]))
     torch.testing.assert_close(out["action"], torch.tanh(3.0 * out["latent"]))

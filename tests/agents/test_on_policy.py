@@ -16,13 +16,17 @@ from genpol.agents.gorl import Settings as GoRLSettings
 from genpol.agents.ppo import Settings as PPOSettings
 from genpol.errors import ConfigError
 from genpol.objectives.surrogates import ppo_clip
-from genpol.on_policy import DecodedPolicy, Encoder, OnPolicyLearner
+from genpol.on_policy import DecodedPolicy, Encoder, gaussian_learner
 from genpol.on_policy.likelihood import gaussian_kl
 from genpol.on_policy.surrogates import SURROGATES, BPOSettings, MDPOSettings
 from genpol.policies.gaussian import log_prob
 from genpol.policies.latent import IdentityDecoder
 
 SPECS = Specs(observation_dim=3, action_dim=2, num_envs=8)
+
+
+def learner_of(encoder, settings, generator):
+    return gaussian_learner(encoder, settings, specs=SPECS, generator=generator)
 
 
 def make_policy(settings=None, *, init="fresh", decoder=None, seed=0):
@@ -59,7 +63,7 @@ def test_first_ratio_is_one_even_after_statistics_changed():
     # One minibatch of one pass sees the weights that acted; clipping and divergence must be nil.
     policy, generator = make_policy()
     settings = PPOSettings(epochs=1, minibatches=1)
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     learner.update(rollout(policy))
     metrics = learner.update(rollout(policy, seed=2))
     assert metrics["policy/approx_kl"].abs() < 1e-6
@@ -70,7 +74,7 @@ def test_first_ratio_is_one_even_after_statistics_changed():
 def test_ratio_leaves_one_after_a_step():
     policy, generator = make_policy()
     settings = PPOSettings(epochs=4, minibatches=2, learning_rate=1e-2)
-    metrics = OnPolicyLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
+    metrics = learner_of(policy.encoder, settings, generator).update(rollout(policy))
     assert metrics["policy/approx_kl"] > 1e-5
 
 
@@ -102,7 +106,7 @@ def test_no_gradient_reaches_the_decoder():
     decoder = agents.make("gorl", GoRLSettings(), SPECS, seed=0).make_decoder()
     policy, generator = make_policy(decoder=decoder)
     before = copy.deepcopy(decoder.state_dict())
-    OnPolicyLearner(policy.encoder, PPOSettings(), generator=generator).update(rollout(policy))
+    learner_of(policy.encoder, PPOSettings(), generator).update(rollout(policy))
     assert all(parameter.grad is None for parameter in decoder.parameters())
     after = decoder.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -141,7 +145,7 @@ def test_ridge_and_entropy_settle_at_the_predicted_scale():
     )
     encoder = Encoder(3, 4, settings, generator=generator, init="gaussian")
     policy = DecodedPolicy(encoder, IdentityDecoder(), generator=generator)
-    learner = OnPolicyLearner(encoder, settings, generator=generator)
+    learner = learner_of(encoder, settings, generator)
     observation = torch.randn(64, 3, generator=generator)
     for _ in range(500):
         mean, scale = encoder(observation)
@@ -169,7 +173,7 @@ def test_diverged_transitions_teach_nothing():
     results = []
     for value in (0.0, 1e6):
         policy, generator = make_policy()
-        learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+        learner = learner_of(policy.encoder, settings, generator)
         reward = torch.ones(8, 6, 1)
         reward[2, 5] = value
         learner.update(rollout(policy, reward=reward, diverged=diverged))
@@ -184,14 +188,14 @@ def test_every_option_gives_finite_updates(advantage, prior):
         advantage=advantage, prior=prior, entropy_coefficient=0.01, squashed_entropy=True
     )
     policy, generator = make_policy(settings)
-    metrics = OnPolicyLearner(policy.encoder, settings, generator=generator).update(rollout(policy))
+    metrics = learner_of(policy.encoder, settings, generator).update(rollout(policy))
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in metrics.values())
 
 
 def test_step_size_follows_the_divergence():
     policy, generator = make_policy()
     settings = PPOSettings(target_kl=0.5, epochs=1, minibatches=1)
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     metrics = learner.update(rollout(policy))  # one step from ratio one: far below the target
     assert metrics["policy/learning_rate"] == pytest.approx(1.5e-3)
 
@@ -200,7 +204,7 @@ def test_without_reward_exploration_stays_as_it_is():
     # Adam knows no scale: the prior's gradient alone would shrink sigma within a few updates.
     settings = PPOSettings(prior="ridge", prior_coefficient=2e-3, minibatches=2)
     policy, generator = make_policy(settings, init="gaussian")
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     for seed in range(10):
         metrics = learner.update(rollout(policy, seed=seed, reward=torch.zeros(8, 6, 1)))
     _, scale = policy.encoder(torch.randn(20, 3))
@@ -215,7 +219,7 @@ def test_too_few_rows_for_the_minibatches_are_refused():
 
 def test_a_rollout_that_diverged_everywhere_changes_no_weight():
     policy, generator = make_policy()
-    learner = OnPolicyLearner(policy.encoder, PPOSettings(), generator=generator)
+    learner = learner_of(policy.encoder, PPOSettings(), generator)
     before = copy.deepcopy(list(policy.encoder.parameters()))
     everywhere = torch.ones(8, 6, 1, dtype=torch.bool)
     learner.update(rollout(policy, diverged=everywhere))
@@ -240,9 +244,9 @@ def test_correlated_noise_keeps_its_marginal():
 def test_every_surrogate_starts_at_ratio_one_and_moves(surrogate):
     settings = PPOSettings(surrogate=surrogate, minibatches=2, target_kl=0.0)
     policy, generator = make_policy(settings)
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     still = PPOSettings(surrogate=surrogate, epochs=1, minibatches=1, target_kl=0.0)
-    first = OnPolicyLearner(copy.deepcopy(policy.encoder), still, generator=generator)
+    first = learner_of(copy.deepcopy(policy.encoder), still, generator)
     assert first.update(rollout(policy))["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
     before = [x.clone() for x in policy.encoder.actor.parameters()]
     metrics = learner.update(rollout(policy))
@@ -254,9 +258,9 @@ def test_every_surrogate_starts_at_ratio_one_and_moves(surrogate):
 def test_what_a_surrogate_remembers_is_saved(surrogate):
     settings = PPOSettings(surrogate=surrogate, minibatches=2, learning_rate=1e-2)
     policy, generator = make_policy(settings)
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     learner.update(rollout(policy))
-    fresh = OnPolicyLearner(copy.deepcopy(policy.encoder), settings, generator=generator)
+    fresh = learner_of(copy.deepcopy(policy.encoder), settings, generator)
     assert not same(fresh.surrogate.state(), learner.surrogate.state())
     fresh.load_state(learner.state())
     assert same(fresh.surrogate.state(), learner.surrogate.state())
@@ -283,7 +287,7 @@ def mirror_learner(**settings):
         surrogate="mdpo", minibatches=1, prior="none", target_kl=0.0, learning_rate=1e-3, **settings
     )
     policy, generator = make_policy(options)
-    return policy, OnPolicyLearner(policy.encoder, options, generator=generator)
+    return policy, learner_of(policy.encoder, options, generator)
 
 
 @pytest.mark.parametrize(("step_size", "bound"), [(1.0, (0.05, 10.0)), (0.02, (0.0, 0.02))])
@@ -321,7 +325,7 @@ def test_the_mirror_step_size_falls_along_the_budget():
 def test_the_critic_may_take_more_steps_than_the_actor():
     policy, generator = make_policy()
     settings = PPOSettings(epochs=3, minibatches=1, critic_minibatches=4)
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     learner.update(rollout(policy))
     state = learner.state()
     assert state["actor_optimizer"]["moments"][0]["step"] == 3
@@ -343,7 +347,7 @@ def test_the_median_critic_tends_to_the_median_and_the_other_to_the_mean():
         minibatches=1,
     )
     policy, generator = make_policy(settings)
-    learner = OnPolicyLearner(policy.encoder, settings, generator=generator)
+    learner = learner_of(policy.encoder, settings, generator)
     target = torch.tensor([0.0, 0.0, 0.0, 1.0, 4.0]).repeat(20)
     observation = torch.zeros(100, 3)
     rows = TensorDict({"observation": observation}, [100])

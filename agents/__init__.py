@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from genpol.agent import Agent, Specs
 
 # Each module defines ``Settings`` and an agent class named by its ``AGENT``.
-_NAMES = ("bpo", "gorl", "mdpo", "mdpo_off_policy", "ppo", "sac")
+_NAMES = ("bpo", "dppo", "fpo", "gorl", "mdpo", "mdpo_off_policy", "ppo", "sac")
 
 
 def names() -> list[str]:

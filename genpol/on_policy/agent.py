@@ -1,4 +1,4 @@
-"""The agent around the learner: Gaussian actions, one update per rollout."""
+"""Agents around the learner: one update per rollout."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from genpol.agent import Agent, Specs
-from genpol.on_policy.actors import DecodedPolicy, Encoder
+from genpol.on_policy.actors import ActorCritic, DecodedPolicy, Encoder
 from genpol.on_policy.learner import OnPolicyLearner
-from genpol.on_policy.likelihood import LatentLikelihood
-from genpol.on_policy.settings import GaussianSettings
+from genpol.on_policy.likelihood import LatentLikelihood, Likelihood
+from genpol.on_policy.settings import GaussianSettings, OnPolicySettings
 from genpol.policies.latent import IdentityDecoder
 
 
@@ -29,39 +30,39 @@ def gaussian_learner(
     )
 
 
-class GaussianAgent(Agent):
-    """A Gaussian policy behind a tanh, trained by the surrogate that its settings name.
+class OnPolicyAgent(Agent):
+    """An agent that makes one update on every rollout.
 
     Args:
         settings: Hyper-parameters.
         specs: Sizes of the environment.
-        device: Where the networks live.
-        seed: Seed of weights, exploration and minibatches.
+        actor_critic: What is trained, on its device.
+        policy: What acts.
+        likelihood: Of the actor.
+        generator: Source of weights, exploration and minibatches.
     """
 
     source = "rollout"
 
-    def __init__(self, settings: GaussianSettings, specs: Specs, *, device: str, seed: int) -> None:
+    def __init__(
+        self,
+        settings: OnPolicySettings,
+        specs: Specs,
+        *,
+        actor_critic: ActorCritic,
+        policy: TensorDictModuleBase,
+        likelihood: Likelihood,
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.specs = specs
         self.frames_per_batch = settings.frames_per_batch(specs)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        encoder = Encoder(
-            specs.observation_dim,
-            specs.action_dim,
-            settings,
-            generator=self.generator,
-            init=settings.encoder_init,
-            num_values=settings.num_values(specs),
-        ).to(device)
-        self.policy = DecodedPolicy(
-            encoder,
-            IdentityDecoder(settings.action_gain),
-            generator=self.generator,
-            noise_correlation=settings.noise_correlation,
+        self.generator = generator
+        self.policy = policy
+        self.learner = OnPolicyLearner(
+            actor_critic, settings, specs=specs, generator=generator, likelihood=likelihood
         )
-        self.learner = gaussian_learner(encoder, settings, specs=specs, generator=self.generator)
 
     @property
     def gradient_steps(self) -> int:  # type: ignore[override]
@@ -74,14 +75,55 @@ class GaussianAgent(Agent):
 
     def training_state(self) -> dict[str, Any]:
         """Return optimisers, counters and the generator."""
-        return {
-            "learner": self.learner.state(),
-            "generator": self.generator.get_state(),
-            "noise": self.policy.noise,
-        }
+        return {"learner": self.learner.state(), "generator": self.generator.get_state()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`training_state` returned."""
         self.learner.load_state(state["learner"])
         self.generator.set_state(state["generator"])
+
+
+class GaussianAgent(OnPolicyAgent):
+    """A Gaussian policy behind a tanh, trained by the surrogate that its settings name.
+
+    Args:
+        settings: Hyper-parameters.
+        specs: Sizes of the environment.
+        device: Where the networks live.
+        seed: Seed of weights, exploration and minibatches.
+    """
+
+    policy: DecodedPolicy
+
+    def __init__(self, settings: GaussianSettings, specs: Specs, *, device: str, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        encoder = Encoder(
+            specs.observation_dim,
+            specs.action_dim,
+            settings,
+            generator=generator,
+            init=settings.encoder_init,
+            num_values=settings.num_values(specs),
+        ).to(device)
+        super().__init__(
+            settings,
+            specs,
+            actor_critic=encoder,
+            policy=DecodedPolicy(
+                encoder,
+                IdentityDecoder(settings.action_gain),
+                generator=generator,
+                noise_correlation=settings.noise_correlation,
+            ),
+            likelihood=LatentLikelihood(encoder.actor, settings, generator),
+            generator=generator,
+        )
+
+    def training_state(self) -> dict[str, Any]:
+        """Return optimisers, counters, the generator and the noise drawn last."""
+        return super().training_state() | {"noise": self.policy.noise}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`training_state` returned."""
+        super().load_training_state(state)
         self.policy.load_noise(state["noise"])

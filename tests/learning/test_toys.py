@@ -35,6 +35,7 @@ STAGES = {
     "fit_steps": 300,
     "fit_batch_size": 256,
 }
+DENOISING = {"learning_rate": 2e-3, "gamma": 0.9, "solver_steps": 5}
 
 
 def make(name, env, **settings):
@@ -83,6 +84,8 @@ def train(agent, env, updates):
         ("mdpo", {"mdpo": MDPOSettings(schedule_steps=32_000), "critic_minibatches": 2}),
         ("gorl", STAGES | {"decoder": "flow"}),
         ("gorl", STAGES | {"decoder": "diffusion"}),
+        ("fpo", DENOISING),
+        ("dppo", DENOISING | {"sigma": 0.1}),
     ],
 )
 def test_point_mass_is_driven_to_its_goal(point_mass, name, extra):

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+from genpol.cli.main import prepare_process
+
+prepare_process(os.environ)  # as the command does, before anything imports MuJoCo
+
+# ruff: noqa: E402
+import mujoco
 import pytest
 import torch
 from tensordict import TensorDict
@@ -14,6 +22,15 @@ def _same_every_time():
     """Run every test with one thread and the same global random state, in whatever order."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def opengl() -> None:
+    """Skip where MuJoCo itself can draw nothing."""
+    try:
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+    except Exception as error:
+        pytest.skip(f"no OpenGL here: {error or type(error).__name__}")
 
 
 class ToyEnv(EnvBase):

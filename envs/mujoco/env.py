@@ -253,17 +253,22 @@ class MujocoEnv(EnvBase):
         if self.sim.persistent:  # the data are the simulation's own
             data = copy.copy(data)
         mujoco.mj_forward(model, data)
-        if self._renderer is None:
-            self._renderer = _make_renderer(model, height, width)
-        self._renderer.update_scene(data, camera=self.task.camera)
-        return self._renderer.render()
+        renderer = self._renderer
+        if renderer is None or (renderer.height, renderer.width) != (height, width):
+            self._free_renderer()
+            self._renderer = renderer = _make_renderer(model, height, width)
+        renderer.update_scene(data, camera=self.task.camera)
+        return renderer.render()
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Free the renderer; the simulations go with the object."""
+        self._free_renderer()
+        super().close(raise_if_closed=raise_if_closed)
+
+    def _free_renderer(self) -> None:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-        super().close(raise_if_closed=raise_if_closed)
 
 
 def _make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:

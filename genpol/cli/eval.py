@@ -50,8 +50,8 @@ def run(arguments: list[str]) -> int:
     from genpol.training.loop import load_weights
 
     found = checkpoint.resolve(path)
-    folder = found.parent.parent
-    settings = configuration.to_settings(configuration.load(folder / "config.yaml", overrides))
+    config = checkpoint.run_folder(found) / "config.yaml"
+    settings = configuration.to_settings(configuration.load(config, overrides))
     agent, make_env = build(settings)
     load_weights(agent, checkpoint.load(found)["weights"], found)
     episodes, seed = options["episodes"], options["seed"]
@@ -80,9 +80,9 @@ def run(arguments: list[str]) -> int:
             worst = torch.sort(returns).values[: max(1, round(share * len(returns)))]
             summary[f"value_at_risk_{share:.0%}"] = float(worst[-1])
             summary[f"conditional_value_at_risk_{share:.0%}"] = float(worst.mean())
-    if options["video"]:
-        record_video(agent, make_env, Path(options["video"]), seed)
     _print(summary, as_json=options["json"])
+    if options["video"]:  # last, so that the numbers are out if it cannot be written
+        record_video(agent, make_env, Path(options["video"]), seed)
     return 0
 
 
@@ -93,9 +93,13 @@ def _parse(key: str, value: str) -> Any:
         return value.lower() == "true"
     if kind is int and value.isdigit() and (int(value) > 0 or key == "seed"):
         return int(value)
-    if kind is str and value:
+    if kind is str and value.lower().endswith(".mp4"):
         return value
-    expected = {bool: "true or false", int: "a whole number > 0", str: "a file name"}[kind]
+    expected = {
+        bool: "true or false",
+        int: "a whole number > 0",
+        str: "a file name that ends in .mp4",
+    }[kind]
     raise ConfigError(f"{key} = {value!r}: must be {expected}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib
 import os
@@ -80,9 +81,18 @@ def prepare_process(environ: MutableMapping[str, str]) -> None:
     # training speed on two cores, and costs torch nothing.
     environ.setdefault("GOMP_SPINCOUNT", "20000")
     environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # torchrl tells of every buffer it makes
-    if sys.platform == "linux" and "DISPLAY" not in environ:
-        # Without a display MuJoCo's default, GLFW, cannot render; EGL can, also in software.
+    if sys.platform == "linux" and "DISPLAY" not in environ and _loads("libEGL.so.1"):
+        # Without a display MuJoCo's default, GLFW, cannot render; EGL can, also in software. Where
+        # EGL is missing, naming it would make the import of mujoco fail.
         environ.setdefault("MUJOCO_GL", "egl")
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _stdout_is_closed() -> bool:

@@ -91,7 +91,7 @@ def _resume(path: Path, overrides: list[str]) -> int:
     from genpol.training.run import Run
 
     found = checkpoint.resolve(path)
-    folder = found.parent.parent
+    folder = checkpoint.run_folder(found)
     config = configuration.load(folder / "config.yaml", overrides)
     settings = configuration.to_settings(config)
     agent, make_env = build(settings)
@@ -173,7 +173,10 @@ def _finish(training: Training, make_env: EnvFactory, settings: TrainSettings, r
     evaluations = pd.read_csv(run.path / "evals.csv")
     learning_curve(evaluations, run.path / "learning_curve.png")
     if settings.video:
-        record_video(training.agent, make_env, run.videos / "final.mp4", settings.seed)
+        try:
+            record_video(training.agent, make_env, run.videos / "final.mp4", settings.seed)
+        except GenpolError as error:  # the training is none the worse for it
+            sys.stderr.write(f"no video: {error}\n")
     last = evaluations.iloc[-1]
     sys.stdout.write(
         f"return {last.return_mean:.1f} over {int(last.episodes)} episodes after "
@@ -183,7 +186,11 @@ def _finish(training: Training, make_env: EnvFactory, settings: TrainSettings, r
 
 
 def record_video(agent: Agent, make_env: EnvFactory, path: Path, seed: int) -> None:
-    """Write one episode as MP4; where nothing can be drawn, say so and go on."""
+    """Write one episode as MP4.
+
+    Raises:
+        GenpolError: If nothing can be drawn here or the file cannot be written.
+    """
     from genpol.seeding import derive
     from genpol.training.evaluation import record
     from genpol.training.video import write_mp4
@@ -195,8 +202,6 @@ def record_video(agent: Agent, make_env: EnvFactory, path: Path, seed: int) -> N
         skip = max(1, round(frame_rate / 30))
         frames = record(agent.policy, env, seed=seed, frame_period=skip)
         write_mp4(path, frames, frame_rate / skip)
-    except GenpolError as error:
-        sys.stderr.write(f"no video: {error}\n")
     finally:
         env.close()
 

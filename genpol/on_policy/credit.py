@@ -229,13 +229,14 @@ class Credit:
     def state(self) -> dict[str, Any]:
         """Return what is remembered from rollout to rollout."""
         return {
-            "episodes": self._episodes.state(),
+            "episodes": self._episodes.state() if self._tracks else None,
             "std": self._std,
-            "quantiles": dict(self._quantiles.state_dict()),
+            "quantiles": dict(self._quantiles.state_dict()) if self._tracks else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state` returned."""
-        self._episodes.load_state(state["episodes"])
         self._std = state["std"]
-        self._quantiles.load_state_dict(state["quantiles"])
+        if self._tracks:
+            self._episodes.load_state(state["episodes"])
+            self._quantiles.load_state_dict(state["quantiles"])

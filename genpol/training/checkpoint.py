@@ -142,6 +142,8 @@ def resolve(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
+    if path.is_file():
+        raise CheckpointError(f"{path}: is a file; give a run folder, or a checkpoint inside one")
     if not path.is_dir():
         names = [beside.name for beside in path.parent.iterdir()] if path.parent.is_dir() else []
         raise CheckpointError(f"{path}: no such folder.{nearest(path.name, names)}")
@@ -153,6 +155,21 @@ def resolve(path: Path) -> Path:
             f"checkpoint (a folder with a {MANIFEST})"
         )
     return found
+
+
+def run_folder(path: Path) -> Path:
+    """Return the run folder that checkpoint ``path`` lies in.
+
+    Raises:
+        CheckpointError: If it lies in none, as a copy of the checkpoint alone does.
+    """
+    folder = path.resolve().parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{path}: lies in no run folder, whose config.yaml says what was trained; give a run "
+            "folder, or a checkpoint inside one"
+        )
+    return folder
 
 
 def discard_after(path: Path) -> None:

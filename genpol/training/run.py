@@ -206,15 +206,25 @@ class Run:
         self._metrics.check()
         self._evaluations.check()
 
-    def truncate_to(self, env_steps: int, gradient_steps: int | None = None) -> None:
+    def truncate_to(
+        self, env_steps: int, gradient_steps: int | None = None, *, evaluated_at: int | None = None
+    ) -> None:
         """Drop the rows of both tables that lie beyond a checkpoint, before resuming from it.
 
         A row is beyond if it has more environment steps, or, where ``gradient_steps`` is given,
         more of those: learning from a data set takes no environment steps. A last line that a
         killed process left half written is dropped too.
+
+        Args:
+            env_steps: Those of the checkpoint.
+            gradient_steps: Those of the checkpoint, if they are to count.
+            evaluated_at: Environment steps of its last evaluation, if not those of the checkpoint:
+                an evaluation after that will be made again.
         """
         self._metrics.truncate(env_steps, gradient_steps)
-        self._evaluations.truncate(env_steps, gradient_steps)
+        self._evaluations.truncate(
+            env_steps if evaluated_at is None else evaluated_at, gradient_steps
+        )
         for sink in self._sinks:
             sink.forget_after(env_steps)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import subprocess
+import tempfile
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +34,15 @@ def write_mp4(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> No
     staged = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        staged.touch()  # here Python says why it cannot; ffmpeg's own words are many
         _encode(staged, frames, fps)
         staged.replace(path)
     except OSError as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise GenpolError(f"{path}: the video cannot be written ({reason})") from error
+        reason = error.strerror or str(error)
+        raise GenpolError(
+            f"{path}: the video cannot be written ({reason}); choose a file in a folder that is "
+            "writable and has space"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             staged.unlink()
@@ -42,37 +50,45 @@ def write_mp4(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> No
 
 def _encode(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
     """Pipe the frames through ffmpeg."""
-    import imageio_ffmpeg
-
     iterator = iter(frames)
     first = next(iterator, None)
     if first is None:
         raise GenpolError("no frames to make a video of; render at least one step")
-    height, width = _check(first, first.shape)[:2]
+    command = _command(_check(first, first.shape), fps, path)
+    with tempfile.TemporaryFile() as log:
+        try:
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log) as ffmpeg:
+                assert ffmpeg.stdin is not None
+                for frame in itertools.chain([first], iterator):
+                    _check(frame, first.shape)
+                    ffmpeg.stdin.write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:
+            if ffmpeg.returncode == 0:  # the frames' own pipe broke
+                raise
+        if ffmpeg.returncode != 0:
+            log.seek(0)
+            said = log.read().decode(errors="replace").split("\n")[0]
+            raise OSError(f"ffmpeg ended with {ffmpeg.returncode}: {said or 'no reason given'}")
+
+
+def _command(shape: tuple[int, ...], fps: float, path: Path) -> list[str]:
+    """Return the call of ffmpeg that encodes raw RGB frames from its standard input."""
+    import imageio_ffmpeg
+
     try:
-        imageio_ffmpeg.get_ffmpeg_exe()
+        program = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
         raise GenpolError(
             "no ffmpeg to write videos with; run: pip install imageio-ffmpeg, or install ffmpeg"
         ) from None
-    writer = imageio_ffmpeg.write_frames(
-        path,
-        (width, height),
-        fps=fps,
-        macro_block_size=1,
-        ffmpeg_log_level="error",
-        output_params=["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"],
-    )
-    try:
-        writer.send(None)  # starts ffmpeg
-        writer.send(np.ascontiguousarray(first))
-        for frame in iterator:
-            _check(frame, first.shape)
-            writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
-    if not path.is_file() or path.stat().st_size == 0:
-        raise OSError("ffmpeg failed and said why above")
+    size = f"{shape[1]}x{shape[0]}"
+    rate = str(Fraction(fps).limit_denominator())
+    return [
+        *(program, "-y", "-loglevel", "error"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", rate, "-i", "-"),
+        *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-vcodec", "libx264", "-pix_fmt", "yuv420p"),
+        *("-f", "mp4", str(path)),
+    ]
 
 
 def _check(frame: NDArray[np.uint8], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -181,9 +181,7 @@ def test_the_density_of_a_step_is_that_of_its_noise():
     actor = agent.learner.actor_critic.actor
     mean, _ = chain_transitions(actor, batch["observation"], batch["chain"], 0.05)
     noise = (batch["chain"][..., 1:, :] - mean) / 0.05
-    expected = -0.5 * noise.square().sum(-1) - 2 * (
-        math.log(0.05) + 0.5 * math.log(2 * math.pi)
-    )
+    expected = -0.5 * noise.square().sum(-1) - 2 * (math.log(0.05) + 0.5 * math.log(2 * math.pi))
     torch.testing.assert_close(densities(agent, batch), expected)
 
 

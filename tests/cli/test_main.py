@@ -156,7 +156,17 @@ def test_process_is_prepared_before_the_command_is_imported() -> None:
     entry.prepare_process(environ)
     assert environ["GOMP_SPINCOUNT"] == "20000"
     assert environ["RL_LOGGING_LEVEL"] == "WARNING"
-    assert environ.get("MUJOCO_GL") == ("egl" if sys.platform == "linux" else None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MuJoCo needs no advice")
+@pytest.mark.parametrize(("installed", "renderer"), [(True, "egl"), (False, None)])
+def test_egl_draws_without_a_display_if_there_is_egl(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, renderer: str | None
+) -> None:
+    monkeypatch.setattr(entry, "_loads", lambda library: installed)
+    environ: dict[str, str] = {}
+    entry.prepare_process(environ)
+    assert environ.get("MUJOCO_GL") == renderer
 
 
 def test_settings_of_the_user_are_kept() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from genpol.cli.main import main
-from genpol.training import checkpoint
+from genpol.errors import GenpolError
+from genpol.training import checkpoint, evaluation
 
 TINY = [
-    "env=CartpoleSwingup",
+    "env=Reacher-v5",  # short episodes
     "num_envs=4",
     "num_threads=1",
     "env.num_threads=1",
@@ -29,7 +32,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train for two hundred steps and return the run folder."""
     output = tmp_path_factory.mktemp("runs")
     assert main(["train", *PPO, f"output={output}"]) == 0
-    return next(output.glob("CartpoleSwingup/ppo/*"))
+    return next(output.glob("Reacher-v5/ppo/*"))
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run folder that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_default_agent_trains_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -39,7 +48,7 @@ def test_default_agent_trains_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "evaluate with: genpol eval" in done.stdout
-    assert len(list(tmp_path.glob("CartpoleSwingup/gorl/*/checkpoints/step-*"))) == 1
+    assert len(list(tmp_path.glob("Reacher-v5/gorl/*/checkpoints/step-*"))) == 1
 
 
 def test_run_folder_holds_what_the_readme_says(finished: Path) -> None:
@@ -60,15 +69,65 @@ def test_evaluation_is_reproducible(finished: Path, capsys: pytest.CaptureFixtur
     assert outcomes[0]["conditional_value_at_risk_25%"] <= outcomes[0]["return_mean"]
 
 
-def test_resume_extends_the_run_and_remembers_it(finished: Path) -> None:
-    assert main(["train", f"resume={finished}", "total_steps=300"]) == 0
-    assert checkpoint.latest(finished / "checkpoints").name == checkpoint.step_name(300)
-    assert "total_steps: 300" in (finished / "config.yaml").read_text()
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_a_checkpoint_away_from_its_run_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.latest(finished / "checkpoints"), copy)
+    assert main([command, f"resume={copy}" if command == "train" else str(copy)]) == 1
+    error = capsys.readouterr().err
+    assert f"{copy}: lies in no run folder" in error
+    assert error.count("\n") == 1
+
+
+def test_a_checkpoint_is_found_from_its_own_folder(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkpoint.latest(finished / "checkpoints"))
+    assert main(["eval", ".", "episodes=1", "json=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 1
+
+
+def test_a_video_that_cannot_be_written_is_an_error_after_the_numbers(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    frames = [np.zeros((8, 8, 3), np.uint8)]
+    monkeypatch.setattr(evaluation, "record", lambda *args, **options: frames)
+    path = tmp_path / "folder.mp4"
+    path.mkdir()
+    assert main(["eval", str(finished), "episodes=1", "json=true", f"video={path}"]) == 1
+    out, error = capfd.readouterr()
+    assert json.loads(out)["episodes"] == 1
+    assert f"{path}: the video cannot be written (Is a directory); choose" in error
+    assert error.count("\n") == 1
+
+
+def test_a_training_without_a_video_ends_well(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def undrawable(*args: object, **options: object) -> None:
+        raise GenpolError("nothing can be drawn here")
+
+    monkeypatch.setattr(evaluation, "record", undrawable)
+    assert main(["train", f"resume={copied}", "video=true"]) == 0  # only the end is left to do
+    out, error = capsys.readouterr()
+    assert "no video: nothing can be drawn here\n" in error
+    assert "evaluate with: genpol eval" in out
+
+
+def test_resume_extends_the_run_and_remembers_it(copied: Path) -> None:
+    assert main(["train", f"resume={copied}", "total_steps=300"]) == 0
+    assert checkpoint.latest(copied / "checkpoints").name == checkpoint.step_name(300)
+    assert "total_steps: 300" in (copied / "config.yaml").read_text()
 
 
 def test_init_starts_from_trained_weights(finished: Path, tmp_path: Path) -> None:
     assert main(["train", *PPO, "seed=1", f"init={finished}", f"output={tmp_path}"]) == 0
-    made = next(tmp_path.glob("CartpoleSwingup/ppo/*"))
+    made = next(tmp_path.glob("Reacher-v5/ppo/*"))
     old, new = (
         checkpoint.load(checkpoint.latest(folder / "checkpoints"))["weights"]
         for folder in (finished, made)
@@ -83,6 +142,8 @@ def test_init_starts_from_trained_weights(finished: Path, tmp_path: Path) -> Non
         (["eval"], "no run given"),
         (["eval", "nowhere"], "no such folder"),
         (["eval", "nowhere", "episodes=0"], "episodes = '0': must be a whole number"),
+        (["eval", "nowhere", "video=a.gif"], "video = 'a.gif': must be a file name that ends in"),
+        (["eval", __file__], "test_train.py: is a file; give a run folder"),
         (["train", "resume=nowhere"], "no such folder"),
         (["train", "env=HopperStand", "device=cuda:99"], "device = 'cuda:99'"),
         (["train", "env=HopperStand", "agent.actor_hidden=[-1]"], "agent.actor_hidden = [-1]"),
@@ -99,16 +160,13 @@ def test_bad_input_is_one_line(
 
 
 def test_a_damaged_checkpoint_leaves_the_run_as_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *PPO, f"output={tmp_path}"]) == 0
-    run = next(tmp_path.glob("CartpoleSwingup/ppo/*"))
-    tensors = checkpoint.latest(run / "checkpoints") / "tensors.safetensors"
+    tensors = checkpoint.latest(copied / "checkpoints") / "tensors.safetensors"
     data = bytearray(tensors.read_bytes())
     data[-1] ^= 1
     tensors.write_bytes(data)
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    assert main(["train", f"resume={run}", "total_steps=300"]) == 1
+    before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
+    assert main(["train", f"resume={copied}", "total_steps=300"]) == 1
     assert "tensors.safetensors" in capsys.readouterr().err
-    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert before == {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}

@@ -73,6 +73,13 @@ def weights_of(training):
     return {name: x.clone() for name, x in training.agent.state_dict().items()}
 
 
+def rows(training, name):
+    """Return the cells of a table without those that tell the time."""
+    lines = (training.run.path / name).read_text().splitlines()
+    clock = lines[0].split(",").index("wall_clock_s")
+    return [[x for i, x in enumerate(line.split(",")) if i != clock] for line in lines]
+
+
 # 112 steps per update; GoRL's stages change after 3 updates, data come for 3 more.
 @pytest.mark.parametrize(
     ("agent", "half"),
@@ -96,11 +103,6 @@ def test_resume_is_exact(tmp_path, point_mass, agent, half):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert second.env_steps == straight.env_steps == 1344
-
-    def rows(training, name):
-        lines = (training.run.path / name).read_text().splitlines()
-        clock = lines[0].split(",").index("wall_clock_s")
-        return [[x for i, x in enumerate(line.split(",")) if i != clock] for line in lines]
 
     assert rows(straight, "metrics.csv") == rows(second, "metrics.csv")
     # The first half ended with an evaluation that the straight run has not.
@@ -129,6 +131,54 @@ def test_signals_checkpoint_and_stop(tmp_path, point_mass, number):
     assert training.interrupted == signal.Signals(number).name
     saved = checkpoint.load(checkpoint.latest(training.run.checkpoints))
     assert saved["env_steps"] == training.env_steps == 112
+
+
+def terminate_in_evaluation(training, env_steps):
+    """Let a SIGTERM come in the third step of the evaluation at ``env_steps``; list its steps."""
+    env, steps = training._evaluation_env, []
+    step = env.step
+
+    def signalled(tensordict):
+        if training.env_steps == env_steps:
+            steps.append(None)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(tensordict)
+
+    env.step = signalled
+    return steps
+
+
+# One under way, the last, and the first, before which each agent has another state to save.
+@pytest.mark.parametrize(
+    ("agent", "at", "total"),
+    [("ppo", 560, 784), ("ppo", 560, 560), *[(x, 0, 224) for x in ("ppo", "gorl", "sac")]],
+)
+def test_a_signal_cuts_an_evaluation_short_which_resume_repeats(
+    tmp_path, point_mass, agent, at, total
+):
+    straight = start(tmp_path / "a", point_mass, total, agent=agent)
+    straight.start()
+    first = start(tmp_path / "b", point_mass, total, agent=agent)
+    steps = terminate_in_evaluation(first, at)
+    first.start()
+    assert first.interrupted == "SIGTERM"
+    assert first.env_steps == at
+    assert len(steps) == 3
+    torch.manual_seed(12345)  # another process would have another global generator
+    second = start(tmp_path / "b", point_mass, total, agent=agent, run=Run.open(first.run.path))
+    second.resume(checkpoint.latest(first.run.checkpoints))
+    second.start()
+    assert second.interrupted is None
+    a, b = weights_of(straight), weights_of(second)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("metrics.csv", "evals.csv"):
+        assert rows(straight, name) == rows(second, name)
+    # The evaluation that was repeated is part of the last checkpoint: it is not made a third time.
+    third = start(tmp_path / "b", point_mass, total, agent=agent, run=Run.open(first.run.path))
+    third.resume(checkpoint.latest(first.run.checkpoints))
+    third.start()
+    assert rows(third, "evals.csv") == rows(straight, "evals.csv")
 
 
 def test_sigusr1_checkpoints_and_goes_on(tmp_path, point_mass):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("genpol", "agents", "envs", "configs", "assets")
+TRAIN = [
+    *("train", "env=CartpoleBalance", "env.action_repeat=50", "env.num_threads=1", "num_envs=4"),
+    *("agent=ppo", "agent.rollout_steps=1", "agent.minibatches=2", "total_steps=200"),
+    *("num_threads=1", "evaluation.episodes=2", "tensorboard=false", "video=false"),
+]
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +126,28 @@ def test_settings_compose(bin_folder: Path, tmp_path: Path) -> None:
         "print(to_settings(compose(['env=HopperStand'])).env.name)"
     )
     assert _run(bin_folder / "python", "-c", script, cwd=tmp_path) == "HopperStand\n"
+
+
+def test_training_runs_on_nothing_but_the_wheel(bin_folder: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from genpol.cli.main import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "for name, module in sorted(sys.modules.items()):\n"
+        "    if name.split('.')[0] == 'genpol':\n"
+        "        print('loaded', name, module.__file__)"
+    )
+    printed = _run(bin_folder / "python", "-c", script, *TRAIN, "output=runs", cwd=tmp_path)
+    loaded = dict(
+        line.split(maxsplit=2)[1:] for line in printed.splitlines() if line.startswith("loaded")
+    )
+    assert {"genpol", "genpol.agents.ppo", "genpol.envs.mujoco.env"} <= loaded.keys()
+    strangers = {
+        name: file
+        for name, file in loaded.items()
+        if not Path(file).is_relative_to(bin_folder.parent)
+    }
+    assert strangers == {}
+    (run,) = tmp_path.glob("runs/CartpoleBalance/ppo/*")
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000000200"]

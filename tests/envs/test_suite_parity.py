@@ -59,7 +59,7 @@ _ORACLES = {
     "WalkerWalk": ("walker", "walk"),
 }
 _NUM_ENVS = 2
-_NUM_STEPS = {"dog": 60, "humanoid": 100, "quadruped": 100}  # dear domains; 200 elsewhere
+_NUM_STEPS = {"dog": 60, "humanoid": 100, "quadruped": 100}  # dear domains; 200 elsewhere, and slow
 _all_tasks = pytest.mark.parametrize("name", _ORACLES)
 
 
@@ -256,12 +256,22 @@ def compare(name, num_steps) -> dict[str, float]:
 # -------------------------------------------------------------------------------------- the tests
 
 
-@_all_tasks
-def test_episodes_equal_dm_control(name):
-    worst = compare(name, _NUM_STEPS.get(_ORACLES[name][0], 200))
+def assert_equal_episodes(name, num_steps):
+    worst = compare(name, num_steps)
     assert worst["observation"] <= 1e-12
     assert worst["reward"] <= 1e-12
     assert worst["largest reward"] > 0.01  # else the reward was not put to the test
+
+
+@_all_tasks
+def test_episodes_equal_dm_control(name):
+    assert_equal_episodes(name, _NUM_STEPS.get(_ORACLES[name][0], 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [x for x, (domain, _) in _ORACLES.items() if domain in _NUM_STEPS])
+def test_long_episodes_of_dear_domains_equal_dm_control(name):
+    assert_equal_episodes(name, 200)
 
 
 @_all_tasks

@@ -175,6 +175,15 @@ def test_resuming_drops_the_rows_beyond_the_checkpoint_and_goes_on(run):
     assert header(run)[3:] == ["loss", "late", "new"]
 
 
+def test_an_evaluation_that_the_checkpoint_lacks_is_dropped(run):
+    for steps in (10, 20):
+        run.log_metrics(steps, steps, 0.0, {"loss": 1.0})
+        run.log_evaluation(steps, steps, 0.0, EVALUATION)
+    run.truncate_to(20, evaluated_at=10)
+    assert [row["env_steps"] for row in rows(run)] == ["10", "20"]
+    assert [row["env_steps"] for row in rows(run, "evals.csv")] == ["10"]
+
+
 def test_offline_rows_are_dropped_by_gradient_steps(run):
     for steps in (10, 20, 30):
         run.log_metrics(0, steps, 0.0, {"loss": 1.0})

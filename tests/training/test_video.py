@@ -77,3 +77,19 @@ def test_an_unwritable_place_is_reported_in_one_line(tmp_path):
     with pytest.raises(GenpolError, match="the video cannot be written") as caught:
         write_mp4(tmp_path / "file" / "a.mp4", frames(), fps=10)
     assert "\n" not in str(caught.value)
+
+
+def test_what_ffmpeg_says_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    failing = tmp_path / "ffmpeg"
+    failing.write_text(
+        "#!/bin/sh\necho 'No space left on device\nConversion failed!' >&2\nexit 1\n"
+    )
+    failing.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(failing))
+    with pytest.raises(
+        GenpolError, match=r"ffmpeg ended with 1: No space left on device\)"
+    ) as caught:
+        write_mp4(tmp_path / "a.mp4", frames(height=512, width=512), fps=10)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == [failing]

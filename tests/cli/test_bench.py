@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from genpol.cli import bench
+from genpol.cli import bench, bench_stepping
 from genpol.errors import ConfigError
 from genpol.report import results
 
@@ -12,7 +12,7 @@ from genpol.report import results
 def test_a_benchmark_prints_and_records_its_rounds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "_BARE_ENVS", 2)
+    monkeypatch.setattr(bench_stepping, "_BARE_ENVS", 2)
     arguments = [
         *("env=HopperStand", "num_envs=4", "agent=ppo", "seconds=0.01", "rounds=2", "--save"),
         *("--only", "genpol-physics,genpol-env,genpol-policy,genpol-collector,mj_step"),
@@ -33,7 +33,7 @@ def test_a_benchmark_prints_and_records_its_rounds(
 def test_the_same_measurement_replaces_its_older_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "_BARE_ENVS", 2)
+    monkeypatch.setattr(bench_stepping, "_BARE_ENVS", 2)
     arguments = ["env=HopperStand", "seconds=0.01", "--only", "mj_step", "--save"]
     for rounds in ("rounds=1", "rounds=2", "rounds=2"):
         bench.run([*arguments, rounds, "--results", str(tmp_path)])

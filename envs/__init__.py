@@ -76,6 +76,9 @@ def make(
                 action_repeat=settings.action_repeat,
                 episode_steps=settings.train_episode_steps if training else 0,
                 stagger=training,
+                vector_reward=settings.vector_reward and training,
+                group_size=settings.group_size if training else 1,
+                group_steps=settings.group_steps,
                 device=device,
             )
         case GymSettings():

@@ -24,6 +24,13 @@ class MujocoSettings:
     """Control steps after which training cuts an episode, which then counts as truncated; 0 for the
     task's own limit, which evaluation always keeps."""
 
+    vector_reward: bool = False
+    """Whether training sees the reward's terms apart; evaluation sees the task's own reward."""
+    group_size: int = 1
+    """Environments that set out from one state together in training, for agent.advantage=group."""
+    group_steps: int = 0
+    """Actions after which they do so again: agent.rollout_steps."""
+
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ConfigError(
@@ -33,6 +40,8 @@ class MujocoSettings:
         at_least("env.num_threads", self.num_threads, 0)
         at_least("env.action_repeat", self.action_repeat, 1)
         at_least("env.train_episode_steps", self.train_episode_steps, 0)
+        at_least("env.group_size", self.group_size, 1)
+        at_least("env.group_steps", self.group_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,9 @@ class MujocoEnv(EnvBase):
         max_episode_steps: Control steps until truncation.
         action_repeat: Control steps per call of ``step``.
         num_diverged: Episodes that ended by divergence so far.
+        reward_terms: Names of the reward's terms, if it is a vector.
+        group_size: Environments that set out from one state together.
+        group_steps: Calls of ``step`` after which they do so again.
 
     Args:
         name: The task's name.
@@ -41,7 +44,15 @@ class MujocoEnv(EnvBase):
         action_repeat: Control steps for which each action is held; rewards add up over them.
         episode_steps: Control steps until truncation; 0 for the task's own limit.
         stagger: Start the first episodes at random clocks, so that ends are spread over time.
+        vector_reward: Give the task's reward terms apart, ``[num_envs, R]``.
+        group_size: Neighbouring environments that set out from one state, for advantages relative
+            to a group; 1 for none. Every ``group_steps`` steps all are truncated and set out
+            anew from where the first of each group stands, whose episode goes on.
+        group_steps: See ``group_size``.
         device: Where tensors are given and taken; the physics stays on the CPU.
+
+    Raises:
+        ConfigError: If the settings do not fit the task.
     """
 
     batch_locked = True
@@ -57,6 +68,9 @@ class MujocoEnv(EnvBase):
         action_repeat: int = 1,
         episode_steps: int = 0,
         stagger: bool = False,
+        vector_reward: bool = False,
+        group_size: int = 1,
+        group_steps: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
@@ -71,8 +85,23 @@ class MujocoEnv(EnvBase):
                 f"env.action_repeat = {action_repeat}: must divide the {episode_steps} "
                 f"steps of an episode of {name}"
             )
+        if vector_reward and not task.reward_terms:
+            raise ConfigError(
+                f"env.vector_reward = True: the reward of {name} has no terms; those of "
+                "HumanoidStand, HumanoidWalk and HumanoidRun have"
+            )
+        if num_envs % group_size != 0 or (group_size > 1 and group_steps < 1):
+            raise ConfigError(
+                f"env.group_size = {group_size}, env.group_steps = {group_steps}: the size must "
+                f"divide num_envs = {num_envs}, and groups need steps; set env.group_steps to "
+                "agent.rollout_steps"
+            )
         self.name = name
         self.task = task
+        self.reward_terms = task.reward_terms if vector_reward else ()
+        self.group_size = group_size
+        self.group_steps = group_steps
+        self._until_regroup = 0
         self.max_episode_steps = episode_steps
         self.action_repeat = action_repeat
         self.num_diverged = 0
@@ -90,6 +119,8 @@ class MujocoEnv(EnvBase):
         )
         task.allocate(num_envs)
         self._all = torch.arange(num_envs)
+        self._leaders = self._all - self._all % group_size
+        self._over = torch.ones(num_envs, dtype=torch.bool)
         self._elapsed = torch.zeros(num_envs, dtype=torch.int64)
         self.set_seed(seed)
         self._start(self._all)
@@ -112,7 +143,7 @@ class MujocoEnv(EnvBase):
             **device,
         )
         self.action_spec = Bounded(-1.0, 1.0, (n, self.task.action_dim), **device)
-        self.reward_spec = Unbounded((n, 1), **device)
+        self.reward_spec = Unbounded((n, max(1, len(self.reward_terms))), **device)
         self.full_done_spec = Composite(
             done=Binary(1, **flag),
             terminated=Binary(1, **flag),
@@ -154,14 +185,31 @@ class MujocoEnv(EnvBase):
         if self._restored:  # load_simulation() has put everything in place
             self._restored = False
             return
-        self._start(self._all)
-        self._elapsed.zero_()
+        regroup = self.group_size > 1 and self._until_regroup == 0
+        starting = self._all
+        if regroup:  # only the leaders whose episodes are over; the others go on or follow
+            starting = self._all[(self._leaders == self._all) & self._over]
+        if len(starting) > 0:
+            self._start(starting)
+            self._elapsed[starting] = 0
         if self._stagger:  # once: later full resets are those of small batches
             self._stagger = False
             decisions = self.max_episode_steps // self.action_repeat
             clocks = torch.randint(decisions, self._elapsed.shape, generator=self.generator)
             self._elapsed.copy_(clocks * self.action_repeat)
-        self._observation = self._observe()
+        begun = torch.zeros_like(self._over).scatter(0, starting, True)
+        # Accelerations at a state that is only restored are unknown, so its observation is kept.
+        self._observation = torch.where(begun[:, None], self._observe(), self._observation)
+        if self.group_size > 1:
+            self._follow_leaders()
+
+    def _follow_leaders(self) -> None:
+        """Put every environment where the first of its group stands."""
+        self.sim.copy_rows(self._leaders)
+        for x in (self._elapsed, *self.task.memory.values()):
+            x.copy_(x[self._leaders])
+        self._observation = self._observation[self._leaders]
+        self._until_regroup = self.group_steps
 
     def _start(self, ids: Tensor) -> None:
         self.sim.reset(ids)
@@ -181,20 +229,24 @@ class MujocoEnv(EnvBase):
             self._elapsed -= (~running).long()  # clocks of ended episodes stand still
             later = self._control_step(action)
             observation = torch.where(running[:, None], later[0], observation)
-            reward += torch.where(running, later[1], 0.0)
+            reward += torch.where(running[:, None], later[1], 0.0)
             terminated |= running & later[2]
             diverged |= running & later[3]
         if diverged.any():
             self.num_diverged += int(diverged.sum())
             observation = torch.where(diverged[:, None], self._observation, observation)
-            reward = torch.where(diverged, 0.0, reward)
+            reward = torch.where(diverged[:, None], 0.0, reward)
             terminated &= ~diverged
         truncated = self._timed_out() | diverged
         self._observation = observation
+        if self.group_size > 1:
+            self._over = terminated | truncated
+            self._until_regroup -= 1
+            truncated |= self._until_regroup == 0
         return TensorDict(
             {
                 "observation": observation,
-                "reward": reward.unsqueeze(-1),
+                "reward": reward,
                 "diverged": diverged.unsqueeze(-1),
                 "terminated": terminated.unsqueeze(-1),
                 "truncated": truncated.unsqueeze(-1),
@@ -205,15 +257,19 @@ class MujocoEnv(EnvBase):
         )
 
     def _control_step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Advance one control step; return observation, reward, terminated and diverged."""
+        """Advance one control step; return observation, reward, terminated and diverged.
+
+        The reward is ``[num_envs, R]``, the others ``[num_envs, ...]``.
+        """
         sim, task = self.sim, self.task
         task.before_step(sim, action)
         sim.step(task.num_substeps, task.stage)
         task.after_step(sim)
         self._elapsed += 1
-        observation, reward = self._observe(), task.reward(sim).float()
+        rewards = task.reward_by_term(sim) if self.reward_terms else task.reward(sim)[:, None]
+        observation, reward = self._observe(), rewards.float()
         # MuJoCo itself tests the state only when the next step begins. NaN fails both comparisons.
-        sane = (observation.abs() < mujoco.mjMAXVAL).all(-1) & (reward.abs() < mujoco.mjMAXVAL)
+        sane = torch.cat([observation, reward], -1).abs().lt(mujoco.mjMAXVAL).all(-1)
         diverged = sim.pop_diverged() | ~sane
         return observation, reward, task.terminated(sim), diverged
 
@@ -227,6 +283,7 @@ class MujocoEnv(EnvBase):
         return state | {
             "observation": self._observation.clone(),
             "elapsed": self._elapsed.clone(),
+            "until_regroup": torch.tensor(self._until_regroup),
             "generator": self.generator.get_state(),
             "num_diverged": torch.tensor(self.num_diverged),
         }
@@ -241,6 +298,7 @@ class MujocoEnv(EnvBase):
             x.copy_(state[f"memory.{name}"])
         self._observation = state["observation"].clone()
         self._elapsed.copy_(state["elapsed"])
+        self._until_regroup = int(state["until_regroup"])
         self.generator.set_state(state["generator"])
         self.num_diverged = int(state["num_diverged"])
         self._restored = True

@@ -29,6 +29,7 @@ class HumanoidSuite(SuiteTask):
     """
 
     fields: ClassVar = ("xmat", "xpos", "sensordata", "ncon")
+    reward_terms: ClassVar = ("stand", "upright", "move", "small_control")
 
     def __init__(self, *, speed_m_s: float) -> None:
         super().__init__("humanoid.xml", control_period_s=0.025, time_limit_s=25)
@@ -60,6 +61,11 @@ class HumanoidSuite(SuiteTask):
 
     def reward(self, sim: BatchedSimulation) -> Tensor:
         """Return standing upright times small control times rest (stand) or speed (walk, run)."""
+        standing, upright, move, small_control = self.reward_by_term(sim).unbind(-1)
+        return small_control * (standing * upright) * move
+
+    def reward_by_term(self, sim: BatchedSimulation) -> Tensor:
+        """Return each factor of the reward, ``[num_envs, 4]`` in [0, 1]."""
         standing = tolerance(
             sim.field("xpos")[:, self._head, 2],
             (_STAND_HEIGHT_M, float("inf")),
@@ -74,7 +80,7 @@ class HumanoidSuite(SuiteTask):
         )
         control = tolerance(sim.ctrl, margin=1, value_at_margin=0, sigmoid="quadratic").mean(-1)
         small_control = (4 + control) / 5
-        return small_control * (standing * upright) * self._move_reward(sim)
+        return torch.stack([standing, upright, self._move_reward(sim), small_control], -1)
 
     def _move_reward(self, sim: BatchedSimulation) -> Tensor:
         horizontal = sim.field("sensordata")[:, self._velocity][:, :2]

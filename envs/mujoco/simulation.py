@@ -203,6 +203,15 @@ class BatchedSimulation:
         self.forward(stage=Stage.VELOCITY)
         self.pop_diverged()
 
+    def copy_rows(self, source: Tensor) -> None:
+        """Put simulation i into the state of simulation ``source[i]``, for all i.
+
+        Position and velocity fields are made current; those of accelerations, such as touch
+        sensors, are not.
+        """
+        state = self.state()
+        self.load_state({name: x[source] for name, x in state.items()})
+
     def model_of(self, index: int) -> mujoco.MjModel:
         """Return simulation ``index``'s model, with its own values of the expanded fields."""
         return self._batch.get_model(index) if self._model_fields else self.model

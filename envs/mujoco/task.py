@@ -26,6 +26,7 @@ class Task(ABC):
         actuated_start: Whether actuators act in the forces of the first observation.
         num_substeps: Physics steps per control step.
         max_episode_steps: Control steps until the episode is truncated.
+        reward_terms: Names of the R terms that :meth:`reward_by_term` gives; none by default.
         camera: Camera that :meth:`MujocoEnv.render` looks through.
         model: The compiled model.
         memory: Tensors ``[num_envs, ...]`` that the task carries from step to step.
@@ -36,6 +37,7 @@ class Task(ABC):
     persistent: ClassVar[bool] = False
     stage: ClassVar[Stage] = Stage.VELOCITY
     actuated_start: ClassVar[bool] = True
+    reward_terms: ClassVar[tuple[str, ...]] = ()
     num_substeps: int
     max_episode_steps: int = 1000
     camera: int | str = 0
@@ -85,6 +87,13 @@ class Task(ABC):
     @abstractmethod
     def reward(self, sim: BatchedSimulation) -> Tensor:
         """Return rewards ``[num_envs]`` (float64) of the step just made."""
+
+    def reward_by_term(self, sim: BatchedSimulation) -> Tensor:
+        """Return the terms of the reward apart, ``[num_envs, R]`` (float64).
+
+        They need not add up to :meth:`reward`, which may be their product.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no reward_terms")
 
     def terminated(self, sim: BatchedSimulation) -> Tensor:
         """Return which episodes ``[num_envs]`` ended in a terminal state. None by default."""

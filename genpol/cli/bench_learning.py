@@ -34,8 +34,8 @@ RATIOS = (
     ("genpol-update", "sb3-update", "update / stable-baselines3", ""),
     ("genpol-update", "cleanrl-update", "update / cleanrl-style", ""),
 )
-# With so many environments stable-baselines3 is faster than with 8 or 64, or with processes on two
-# cores; with ten times as many it would take minutes per round.
+# stable-baselines3 is faster with so many environments than with 8 or 64 of them, or with processes
+# on two cores; at the usual 1024 each of its rollouts would take more than ten seconds.
 _DEFAULTS = {"agent": "ppo", "env": "HalfCheetah-v5", "num_envs": "256"}
 
 

@@ -25,6 +25,7 @@ from torchrl.envs import ExplorationType, exploration_type
 
 from genpol import settings as check
 from genpol.agent import ReplayAgent, Specs
+from genpol.errors import ConfigError
 from genpol.nn.ensemble import EnsembleMLP
 from genpol.nn.optimizer import GuardedOptimizer
 from genpol.objectives.actor_critic import (
@@ -168,6 +169,11 @@ class SoftActorCritic(ReplayAgent):
         seed: int,
     ) -> None:
         super().__init__()
+        if specs.num_rewards > 1:
+            raise ConfigError(
+                f"env.vector_reward = True: this agent learns from one reward, not from "
+                f"{specs.num_rewards} terms; leave it false, or use an on-policy agent"
+            )
         self.settings = settings
         self.proximity = proximity
         self.specs = specs

@@ -122,7 +122,8 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
     if settings.num_threads > 0:
         torch.set_num_threads(settings.num_threads)
     make_env: EnvFactory = partial(make, settings.env, device=settings.device)
-    probe = make_env(num_envs=1, seed=settings.seed, training=True)
+    smallest = getattr(settings.env, "group_size", 1)
+    probe = make_env(num_envs=smallest, seed=settings.seed, training=True)
     specs = Specs.from_env(probe, num_envs=settings.num_envs)
     probe.close()
     agent = make_agent(

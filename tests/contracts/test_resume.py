@@ -11,6 +11,9 @@ import torch
 from genpol import agents
 from genpol.agent import Specs
 from genpol.errors import CheckpointError, NonFiniteError
+from genpol.on_policy.credit import RiskSettings
+from genpol.on_policy.masks import CAPOSettings
+from genpol.on_policy.pipo import PIPOSettings
 from genpol.training import checkpoint
 from genpol.training.loop import Training
 from genpol.training.run import Run
@@ -40,13 +43,23 @@ REPLAY = {
     "actor_hidden": [16],
     "critic_hidden": [16],
 }
+DENOISING = {name: x for name, x in SMALL.items() if name != "noise_correlation"}
 SETTINGS = {
     "ppo": SMALL,
+    "fpo": DENOISING | {"solver_steps": 3, "pairs": 2},
+    "dppo": DENOISING | {"solver_steps": 3},
     "bpo": SMALL,
     "mdpo": SMALL | {"critic_minibatches": 4},
     "gorl": SMALL | STAGES,
     "sac": REPLAY,
     "mdpo_off_policy": REPLAY | {"critic": "v", "reference_period": 200},
+}
+REMEMBERING = {
+    "agent": "ppo",
+    "surrogate": "r2vpo",
+    "pipo": PIPOSettings(enabled=True, window=2, min_episodes=1, gate=0.0),
+    "capo": CAPOSettings(enabled=True, calibration_rollouts=2),
+    "risk": RiskSettings(coefficient=0.5),
 }
 
 
@@ -86,7 +99,7 @@ def rows(training, name):
     [
         *[("ppo", 448), ("gorl", 224), ("gorl", 448), ("gorl", 896)],
         # in the warm-up; with a replay that has begun to overwrite
-        *[("bpo", 448), ("mdpo", 448)],
+        *[("bpo", 448), ("mdpo", 448), ("fpo", 448), ("dppo", 448)],
         *[("sac", 112), ("sac", 672), ("mdpo_off_policy", 672)],
     ],
 )
@@ -106,6 +119,25 @@ def test_resume_is_exact(tmp_path, point_mass, agent, half):
 
     assert rows(straight, "metrics.csv") == rows(second, "metrics.csv")
     # The first half ended with an evaluation that the straight run has not.
+    assert all(row in rows(second, "evals.csv") for row in rows(straight, "evals.csv"))
+
+
+def test_what_learning_options_remember_is_saved(tmp_path, point_mass):
+    straight = start(tmp_path / "a", point_mass, 1344, **REMEMBERING)
+    straight.start()
+    first = start(tmp_path / "b", point_mass, 672, **REMEMBERING)
+    first.start()
+    torch.manual_seed(12345)  # another process would have another global generator
+    second = start(tmp_path / "b", point_mass, 1344, **REMEMBERING, run=Run.open(first.run.path))
+    second.resume(checkpoint.latest(first.run.checkpoints))
+    second.start()
+    a, b = weights_of(straight), weights_of(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert second.env_steps == straight.env_steps == 1344
+
+    assert rows(straight, "metrics.csv") == rows(second, "metrics.csv")
+    # The first 672 ended with an evaluation that the straight run has not.
     assert all(row in rows(second, "evals.csv") for row in rows(straight, "evals.csv"))
 
 

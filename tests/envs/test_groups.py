@@ -105,7 +105,7 @@ def test_a_saved_simulation_goes_on_in_its_groups(generator):
 
 @pytest.mark.parametrize("settings", [{"group_size": 3, "group_steps": 5}, {"group_size": 4}])
 def test_groups_that_do_not_fit_are_refused(settings):
-    with pytest.raises(ConfigError, match="env.group_size"):
+    with pytest.raises(ConfigError, match="group_size = "):
         make(**settings)
 
 

@@ -35,7 +35,10 @@ examples:
 """
 
 _FEW_SEEDS = 5
-_RATE = "env_steps_per_s/"
+_RATES = {
+    "env_steps_per_s/": "environment steps per second",
+    "samples_per_s/": "samples learned from per second",
+}
 _FIGURES = (".png", ".pdf", ".svg")
 
 
@@ -57,7 +60,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--figure {figure}: must end in one of {', '.join(_FIGURES)}")
     frame = _of_plan(results.read(path), path.stem)
     try:
-        if frame["metric"].str.startswith(_RATE).any():
+        if frame["metric"].str.startswith(tuple(_RATES)).any():
             _report_bench(frame, path, figure)
         else:
             _report_experiment(frame, path, figure, options)
@@ -124,17 +127,19 @@ def _report_bench(frame: pd.DataFrame, path: Path, figure: Path) -> None:
     # A table of several measurements would compare unlike settings or machines; the last counts.
     last = frame.iloc[-1]
     frame = frame[(frame["command"] == last["command"]) & (frame["machine"] == last["machine"])]
-    rates = frame[frame["metric"].str.startswith(_RATE)]
-    rows = []
-    for metric, values in rates.groupby("metric", sort=False)["value"]:
-        name = str(metric).removeprefix(_RATE)
-        rows.append(
-            [name, f"{values.median():,.0f}", f"{values.min():,.0f}", f"{values.max():,.0f}"]
-        )
-    _print(
-        f"{path.stem}: environment steps per second", ["contender", "median", "min", "max"], rows
-    )
-    for _, row in frame[~frame["metric"].str.startswith(_RATE)].iterrows():
+    measured = frame["metric"]
+    for prefix, unit in _RATES.items():
+        rates = frame[measured.str.startswith(prefix)].groupby("metric", sort=False)["value"]
+        rows = [
+            [
+                str(metric).removeprefix(prefix),
+                *(f"{x:,.0f}" for x in (values.median(), values.min(), values.max())),
+            ]
+            for metric, values in rates
+        ]
+        if rows:
+            _print(f"{path.stem}: {unit}", ["contender", "median", "min", "max"], rows)
+    for _, row in frame[~measured.str.startswith(tuple(_RATES))].iterrows():
         _note(f"{row['metric']}: {row['value']:.3g}")
     figures.bench_bars(frame, figure)
 

@@ -34,7 +34,7 @@ def test_agent_composes(agent: str) -> None:
 
 @pytest.mark.parametrize("recipe", names("recipe"))
 def test_recipe_composes(recipe: str) -> None:
-    agent, _, env = recipe.partition("_")
+    agent, _, env = recipe.rpartition("_")
     extra = ARGUMENTS.get(env, [])
     settings = to_settings(compose([f"agent={agent}", f"env={env}", *extra]))
     assert settings.choices.recipe == recipe

@@ -122,6 +122,8 @@ class OnPolicyLearner:
         optional = {"centred": worth.centred, "risk": worth.risk}
         kept |= {name: x for name, x in optional.items() if x is not None}
         rows = {name: x.flatten(0, 1)[worth.valid.flatten()] for name, x in kept.items()}
+        if self.settings.advantage == "group":  # there the critic is not trained
+            return rows, worth.returns, {}
         residual = (worth.target - value)[worth.valid]
         metrics = {
             "value/explained_variance": 1 - residual.var() / rows["target"].var(),
@@ -133,7 +135,7 @@ class OnPolicyLearner:
         """Repeat or undo the update before this one, as the returns since tell."""
         multiplier = pipo.judge(returns)
         previous, pipo.previous = pipo.previous, dict(rollout)
-        if previous is not None and multiplier != 0:
+        if previous and len(previous["advantage"]) > 0 and multiplier != 0:
             advantage = normalize_advantage(previous["advantage"])
             previous["advantage"] = pipo_coefficients(advantage, multiplier, grouped=False)
             for rows in self._minibatches(previous):

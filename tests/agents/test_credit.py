@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from tensordict import TensorDict
@@ -203,28 +201,42 @@ def learning_rollout(agent, reward_of):
     return rollout
 
 
-def test_pipo_undoes_an_update_after_which_returns_fell():
+@pytest.mark.parametrize(("multiplier", "direction"), [(1.0, 1), (-1.0, -1)])
+def test_pipo_repeats_or_undoes_the_update_before(multiplier, direction):
     settings = Settings(
         rollout_steps=STEPS,
         minibatches=1,
         epochs=1,
         prior="none",
-        pipo=PIPOSettings(enabled=True, window=2, min_episodes=1, negative_scale=1.0, gate=0.0),
+        pipo=PIPOSettings(enabled=True, window=2, min_episodes=1),
     )
     specs = Specs(observation_dim=3, action_dim=2, num_envs=ENVS)
     agent = agents.make("ppo", settings, specs, seed=0)
+    learner = agent.learner
+    agent.update(learning_rollout(agent, lambda action: action[..., :1]))
+    rows = dict(learner._pipo.previous)
 
-    def ones(action):
-        return torch.ones(*action.shape[:-1], 1)
+    def gain():
+        log_prob = learner._likelihood.evaluate(rows).log_prob.detach()
+        return float(((rows["advantage"] - rows["advantage"].mean()) * log_prob).mean())
 
-    for _ in range(3):
-        agent.update(learning_rollout(agent, ones))
-    worse = learning_rollout(agent, lambda action: -ones(action))
-    previous = dict(agent.learner._pipo.previous)
-    assert set(previous) >= {"advantage", "log_prob", "latent"}
-    metrics = agent.update(worse)
-    assert metrics["pipo/multiplier"] < 0
-    assert math.isfinite(metrics["pipo/multiplier"])
+    before = gain()
+    learner._pipo.judge = lambda returns: torch.tensor(multiplier)
+    learner._correct_previous(learner._pipo, rows, torch.empty(0))
+    assert (gain() - before) * direction > 1e-6
+
+
+def test_pipo_has_nothing_to_correct_in_a_rollout_that_diverged_everywhere():
+    settings = Settings(
+        rollout_steps=STEPS, minibatches=1, pipo=PIPOSettings(enabled=True, min_episodes=1)
+    )
+    specs = Specs(observation_dim=3, action_dim=2, num_envs=ENVS)
+    agent = agents.make("ppo", settings, specs, seed=0)
+    agent.learner._pipo.judge = lambda returns: torch.tensor(1.0)
+    for diverged in (True, False):
+        rollout = learning_rollout(agent, lambda action: action[..., :1])
+        rollout["next", "diverged"].fill_(diverged)
+        agent.update(rollout)
 
 
 # --- CAPO --------------------------------------------------------------------------------------

@@ -27,15 +27,7 @@ from torch import Tensor, nn
 
 from genpol import settings as check
 from genpol.agent import Specs
-from genpol.on_policy import (
-    ActorCritic,
-    DenoisingPolicy,
-    DenoisingSettings,
-    Evaluation,
-    Likelihood,
-    OnPolicyAgent,
-    Rows,
-)
+from genpol.on_policy import DenoisingAgent, DenoisingSettings, Evaluation, Likelihood, Rows
 from genpol.on_policy.denoising import chain_transitions
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
@@ -143,31 +135,20 @@ def clip_schedule(num_steps: int, base: float, top: float) -> Tensor:
     return base + (top - base) * torch.expm1(3.0 * share) / math.expm1(3.0)
 
 
-class DPPO(OnPolicyAgent):
+class DPPO(DenoisingAgent):
     """PPO through the denoising chain."""
 
     def __init__(self, settings: Settings, specs: Specs, *, device: str, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         actor = _make_actor(settings, specs, generator)
-        actor_critic = ActorCritic(
-            actor,
-            specs.observation_dim,
-            settings,
-            generator=generator,
-            num_values=settings.num_values(specs),
-        ).to(device)
         super().__init__(
             settings,
             specs,
-            actor_critic=actor_critic,
-            policy=DenoisingPolicy(
-                actor_critic,
-                generator=generator,
-                sigma=settings.sigma,
-                noise_clip=settings.noise_clip,
-            ),
+            actor=actor,
             likelihood=ChainLikelihood(actor, settings),
             generator=generator,
+            sigma=settings.sigma,
+            noise_clip=settings.noise_clip,
         )
 
 

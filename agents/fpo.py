@@ -26,15 +26,7 @@ from torch import Tensor, nn
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.errors import ConfigError
-from genpol.on_policy import (
-    ActorCritic,
-    DenoisingPolicy,
-    DenoisingSettings,
-    Evaluation,
-    Likelihood,
-    OnPolicyAgent,
-    Rows,
-)
+from genpol.on_policy import DenoisingAgent, DenoisingSettings, Evaluation, Likelihood, Rows
 from genpol.policies.flow import FlowPolicy
 
 
@@ -126,7 +118,7 @@ class FlowMatchingLikelihood(Likelihood):
         return -error if self.settings.ratio == "pair" else -error.mean(-1)
 
 
-class FPO(OnPolicyAgent):
+class FPO(DenoisingAgent):
     """Flow policy optimisation."""
 
     def __init__(self, settings: Settings, specs: Specs, *, device: str, seed: int) -> None:
@@ -138,18 +130,10 @@ class FPO(OnPolicyAgent):
             num_steps=settings.solver_steps,
             generator=generator,
         )
-        actor_critic = ActorCritic(
-            actor,
-            specs.observation_dim,
-            settings,
-            generator=generator,
-            num_values=settings.num_values(specs),
-        ).to(device)
         super().__init__(
             settings,
             specs,
-            actor_critic=actor_critic,
-            policy=DenoisingPolicy(actor_critic, generator=generator),
+            actor=actor,
             likelihood=FlowMatchingLikelihood(actor, settings, generator),
             generator=generator,
         )

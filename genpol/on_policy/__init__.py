@@ -2,7 +2,7 @@
 
 from genpol.on_policy.actors import ActorCritic, DecodedPolicy, Decoder, Encoder
 from genpol.on_policy.agent import GaussianAgent, OnPolicyAgent, gaussian_learner
-from genpol.on_policy.denoising import DenoisingPolicy, DenoisingSettings
+from genpol.on_policy.denoising import DenoisingAgent, DenoisingPolicy, DenoisingSettings
 from genpol.on_policy.learner import OnPolicyLearner
 from genpol.on_policy.likelihood import Evaluation, Likelihood, Rows
 from genpol.on_policy.settings import GaussianSettings, OnPolicySettings
@@ -11,6 +11,7 @@ __all__ = [
     "ActorCritic",
     "DecodedPolicy",
     "Decoder",
+    "DenoisingAgent",
     "DenoisingPolicy",
     "DenoisingSettings",
     "Encoder",

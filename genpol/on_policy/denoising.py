@@ -11,7 +11,10 @@ from torch import Tensor
 from torchrl.envs import ExplorationType, exploration_type
 
 from genpol import settings as check
+from genpol.agent import Specs
 from genpol.on_policy.actors import ActorCritic
+from genpol.on_policy.agent import OnPolicyAgent
+from genpol.on_policy.likelihood import Likelihood
 from genpol.on_policy.settings import OnPolicySettings
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
@@ -123,3 +126,46 @@ def chain_transitions(
         sigmas = [sigma] * actor.num_steps
         return actor.chain_transitions(observation, chain, sigmas, correction="none")
     return actor.chain_transitions(observation, chain, sigma)
+
+
+class DenoisingAgent(OnPolicyAgent):
+    """An agent that trains a flow or a diffusion model by the likelihood of its own making.
+
+    Args:
+        settings: Hyper-parameters.
+        specs: Sizes of the environment.
+        actor: The generative model.
+        likelihood: Of what it did.
+        generator: Source of weights, exploration and minibatches.
+        sigma: See :class:`DenoisingPolicy`.
+        noise_clip: See :class:`DenoisingPolicy`.
+    """
+
+    def __init__(
+        self,
+        settings: DenoisingSettings,
+        specs: Specs,
+        *,
+        actor: FlowPolicy | DiffusionPolicy,
+        likelihood: Likelihood,
+        generator: torch.Generator,
+        sigma: float | None = None,
+        noise_clip: float = 3.0,
+    ) -> None:
+        actor_critic = ActorCritic(
+            actor,
+            specs.observation_dim,
+            settings,
+            generator=generator,
+            num_values=settings.num_values(specs),
+        ).to(generator.device)
+        super().__init__(
+            settings,
+            specs,
+            actor_critic=actor_critic,
+            policy=DenoisingPolicy(
+                actor_critic, generator=generator, sigma=sigma, noise_clip=noise_clip
+            ),
+            likelihood=likelihood,
+            generator=generator,
+        )

@@ -241,6 +241,17 @@ class Training:
         """
         state = checkpoint.load(path)
         self.run.check_tables()
+        try:
+            self._restore(state, path)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path}: has no {error}, which this version keeps; resume with the version it was "
+                "saved with (run.json names its commit), or start anew"
+            ) from None
+        checkpoint.discard_after(path)
+        self.run.truncate_to(self.env_steps, evaluated_at=self._evaluated_at)
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         num_envs = len(state["episodes"]["return"])
         if num_envs != self.settings.num_envs:
             raise CheckpointError(
@@ -258,8 +269,6 @@ class Training:
         self.env_steps = self._saved_at = state["env_steps"]
         self._evaluated_at = state["evaluated_at"]
         self._started = time.monotonic() - state["wall_clock_s"]
-        checkpoint.discard_after(path)
-        self.run.truncate_to(self.env_steps, evaluated_at=self._evaluated_at)
 
     def close(self) -> None:
         """Close the environments."""

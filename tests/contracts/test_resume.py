@@ -242,3 +242,14 @@ def test_another_number_of_environments_is_refused(tmp_path, point_mass):
     other = start(tmp_path, point_mass, 224, run=Run.open(first.run.path), num_envs=8)
     with pytest.raises(CheckpointError, match="num_envs=16, not 8"):
         other.resume(checkpoint.latest(first.run.checkpoints))
+
+
+def test_a_checkpoint_of_a_version_that_kept_less_is_refused(tmp_path, point_mass):
+    first = start(tmp_path, point_mass, 112)
+    first.start()
+    saved = checkpoint.latest(first.run.checkpoints)
+    state = checkpoint.load(saved)
+    del state["training"]["learner"]["likelihood"]
+    older = checkpoint.save(first.run.checkpoints, "step-113", state, metadata={}, keep=3)
+    with pytest.raises(CheckpointError, match="has no 'likelihood', which this version keeps"):
+        start(tmp_path, point_mass, 224, run=Run.open(first.run.path)).resume(older)

@@ -12,8 +12,10 @@ latent of a flow or diffusion decoder).
 
 Choices where code and paper leave room: advantages are not normalised, since their scale is the
 temperature's; critics have an optimiser of their own, so that the released loss coefficients
-(0.5 each) play no part; the median is learned at temperature 1 in scaled reward as released,
-``agent.bpo.median_temperature=0`` takes the target's own temperature.
+(0.5 each) play no part; the median is learned at temperature 1 in units of reward as released,
+``agent.bpo.median_temperature=0`` takes the target's own temperature. As in ``agent=ppo``, a KL to
+N(0, I) of weight 0.01 is on and the step size adapts, where the authors have neither on MuJoCo:
+``agent.prior=none agent.target_kl=0``.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from genpol import settings as check
 from genpol.agent import Specs
+from genpol.errors import ConfigError
 from genpol.on_policy import DenoisingAgent, DenoisingSettings, Evaluation, Likelihood, Rows
 from genpol.on_policy.denoising import chain_transitions
 from genpol.policies.diffusion import DiffusionPolicy
@@ -70,6 +71,12 @@ class Settings(DenoisingSettings):
         check.within("agent.denoising_discount", self.denoising_discount, 0.0, 1.0)
         for name in ("clip_base", "clean_clip"):
             check.at_least(f"agent.{name}", getattr(self, name), 0.0)
+        check.within("agent.clip_base", self.clip_base, 0.0, self.clip)
+        if self.surrogate == "bpo" and self.bpo.weight == "online" and self.denoising_discount < 1:
+            raise ConfigError(
+                f"agent.denoising_discount = {self.denoising_discount!r}: weighs advantages, which "
+                "surrogate=bpo takes from its critic; set agent.bpo.weight=stored"
+            )
 
 
 class ChainLikelihood(Likelihood):

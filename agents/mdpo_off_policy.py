@@ -8,8 +8,8 @@ entropy and divergence are Tsallis'.
 
 Deviations from the released code: actions are sampled, not the mode, while data are collected; the
 temperature may be learned, and ``c`` then never falls below it; the 1e-3 penalties on mean and log
-standard deviation are left out, since their sizes are bounded; the modern target (``critic=q``) is
-the default, the authors' state-value network is ``critic=v``.
+standard deviation are left out, as SAC's later codes do; the modern target (``critic=q``) is the
+default, the authors' state-value network is ``critic=v``.
 """
 
 from __future__ import annotations

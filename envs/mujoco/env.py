@@ -185,7 +185,8 @@ class MujocoEnv(EnvBase):
         if self._restored:  # load_simulation() has put everything in place
             self._restored = False
             return
-        regroup = self.group_size > 1 and self._until_regroup == 0
+        # At the end of a group's steps, or before its first: not where all episodes end between.
+        regroup = self.group_size > 1 and self._until_regroup in (0, self.group_steps)
         starting = self._all
         if regroup:  # only the leaders whose episodes are over; the others go on or follow
             starting = self._all[(self._leaders == self._all) & self._over]
@@ -200,7 +201,7 @@ class MujocoEnv(EnvBase):
         begun = torch.zeros_like(self._over).scatter(0, starting, True)
         # Accelerations at a state that is only restored are unknown, so its observation is kept.
         self._observation = torch.where(begun[:, None], self._observe(), self._observation)
-        if self.group_size > 1:
+        if regroup:
             self._follow_leaders()
 
     def _follow_leaders(self) -> None:

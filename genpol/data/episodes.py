@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ class FinishedEpisodes:
     """The episodes that ended in one batch.
 
     Attributes:
-        terms: Undiscounted returns ``[E, R]`` of each reward term.
+        terms: Undiscounted returns ``[E, R]`` of each reward term, weighted.
         of_step: Return of the episode that each step belongs to, ``[num_envs, time]``, all terms
             together; NaN where that episode did not end in the batch or does not count.
     """
@@ -37,16 +38,21 @@ class EpisodeTracker:
     Args:
         num_envs: Number of environments.
         num_rewards: Width R of the reward.
+        weights: Factor on each term; 1 each by default.
     """
 
-    def __init__(self, num_envs: int, num_rewards: int = 1) -> None:
+    def __init__(
+        self, num_envs: int, num_rewards: int = 1, *, weights: Sequence[float] | None = None
+    ) -> None:
+        weights = [1.0] * num_rewards if weights is None else weights
+        self._weights = torch.tensor(weights, dtype=torch.float64)
         self._return = torch.zeros(num_envs, num_rewards, dtype=torch.float64)
         self._whole = torch.zeros(num_envs, dtype=torch.bool)
 
     def update(self, batch: TensorDict) -> FinishedEpisodes:
         """Add the rewards of ``batch`` and return the episodes that ended in it."""
         after = batch["next"]
-        reward = after["reward"].double().cpu()
+        reward = after["reward"].double().cpu() * self._weights
         done = after["done"].squeeze(-1).cpu()
         diverged = after["diverged"].squeeze(-1).cpu()
         counted: list[Tensor] = []

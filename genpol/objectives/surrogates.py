@@ -129,6 +129,11 @@ class EWMA(nn.Module):
         share = self.total_weight.reciprocal()
         for average, new in zip(self.average.parameters(), module.parameters(), strict=True):
             average.lerp_(new, share.to(average.dtype))
+        self.copy_buffers(module)
+
+    @torch.no_grad()
+    def copy_buffers(self, module: nn.Module) -> None:
+        """Take over what is not averaged, such as observation statistics."""
         for kept, current in zip(self.average.buffers(), module.buffers(), strict=True):
             kept.copy_(current)
 

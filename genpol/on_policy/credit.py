@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from genpol.objectives.advantages import (
     group_std,
     mixed_value_at_risk,
 )
+from genpol.objectives.selection import pipo_coefficients
 
 if TYPE_CHECKING:
     from genpol.on_policy.settings import OnPolicySettings
@@ -70,8 +72,9 @@ class Worth:
         valid: Steps to learn from.
         centred: The advantage counted from the group's median; ``None`` without groups.
         risk: What is added to the normalised advantage; ``None`` without a risk measure.
-        returns: Undiscounted, unscaled returns of the episodes that ended, ``[E]``; empty where
-            nothing asks for them.
+        feedback: What PIPO repeats or undoes, where that is not the normalised advantage.
+        returns: Undiscounted, unscaled returns of the episodes that ended, ``[E]``, terms weighted
+            as the settings say; empty where nothing asks for them.
     """
 
     advantage: Tensor
@@ -79,6 +82,7 @@ class Worth:
     valid: Tensor
     centred: Tensor | None
     risk: Tensor | None
+    feedback: Tensor | None
     returns: Tensor
 
 
@@ -124,7 +128,7 @@ class Credit:
         self._weights = torch.tensor(weights)
         self.num_values = settings.num_values(specs)
         self._tracks = settings.risk.coefficient > 0.0 or settings.pipo.enabled
-        self._episodes = EpisodeTracker(specs.num_envs, specs.num_rewards)
+        self._episodes = EpisodeTracker(specs.num_envs, specs.num_rewards, weights=weights)
         self._std: Tensor | None = None
         risk = settings.risk
         self._quantiles = QuantileTracker(
@@ -140,21 +144,21 @@ class Credit:
         if self.num_values == 1:
             reward = (reward * self._weights.to(reward)).sum(-1, keepdim=True)
         finished = self._episodes.update(batch) if self._tracks else None
-        centred: Tensor | None = None
-        valid = ~diverged.squeeze(-1)
+        risk = None if finished is None else self._risk(finished)
+        returns = torch.empty(0) if finished is None else finished.returns
         if settings.advantage == "group":
-            advantage, centred, valid = self._of_groups(reward.squeeze(-1), after["done"], diverged)
-            target = value
-        else:
-            advantages, target = self._along_time(reward, value, next_value, after)
-            advantage = self._combined(advantages)
+            groups, valid = self._of_groups(reward.squeeze(-1), after["done"], diverged)
+            return Worth(**groups, target=value, valid=valid, risk=risk, returns=returns)
+        valid = ~diverged.squeeze(-1)
+        advantages, target = self._along_time(reward, value, next_value, after)
         return Worth(
-            advantage=advantage,
+            advantage=self._combined(advantages, valid),
             target=target,
             valid=valid,
-            centred=centred,
-            risk=None if finished is None else self._risk(finished),
-            returns=torch.empty(0) if finished is None else finished.returns,
+            centred=None,
+            risk=risk,
+            feedback=None,
+            returns=returns,
         )
 
     def _along_time(
@@ -175,23 +179,26 @@ class Credit:
         )
         return advantage.movedim(0, -1), target.movedim(0, -1)
 
-    def _combined(self, advantages: Tensor) -> Tensor:
+    def _combined(self, advantages: Tensor, valid: Tensor) -> Tensor:
         """Return one advantage ``[num_envs, time]`` of those of K terms ``[..., K]``."""
         if self.num_values == 1:
             return advantages.squeeze(-1)
-        streams = advantages.flatten(0, -2).T
+        streams, mask = advantages.flatten(0, -2).T, valid.flatten()
         if self.settings.combine == "gdpo":
-            combined = gdpo(streams, self._weights)
+            combined = gdpo(streams, self._weights, mask=mask)
         else:
-            std = group_std(streams)
+            std = group_std(streams, mask)
             self._std = std if self._std is None else torch.lerp(std, self._std, _STD_DECAY)
-            combined = dvao(streams, self._weights, std=self._std)
+            combined = dvao(streams, self._weights, std=self._std, mask=mask)
         return combined.view(advantages.shape[:-1])
 
     def _of_groups(
         self, reward: Tensor, done: Tensor, diverged: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return advantage, that from the median, and which steps count, ``[num_envs, time]``."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return fields of :class:`Worth` that count within groups, and the steps to learn from.
+
+        All are ``[num_envs, time]``; members of a group have one advantage for all their steps.
+        """
         steps = reward.shape[1]
         ended = done.squeeze(-1).long()
         counts = (ended.cumsum(1) - ended) == 0  # up to and with the first end
@@ -199,9 +206,15 @@ class Credit:
         discount = self.settings.gamma ** torch.arange(steps, device=reward.device)
         returns = (reward * counts * discount).sum(1)
         groups, mask = (x.view(-1, self._specs.group_size) for x in (returns, sound))
-        advantage = group_relative(groups, mask=mask).view(-1, 1).expand(-1, steps)
-        centred = group_relative(groups, centre="median", mask=mask).view(-1, 1).expand(-1, steps)
-        return advantage, centred, counts & sound[:, None]
+        advantage = group_relative(groups, mask=mask)
+        one = torch.ones((), device=reward.device)
+        fields = {
+            "advantage": advantage,
+            "centred": group_relative(groups, centre="median", mask=mask),
+            "feedback": pipo_coefficients(advantage, one, grouped=True, maximum=math.inf),
+        }
+        along = {name: x.view(-1, 1).expand(-1, steps) for name, x in fields.items()}
+        return along, counts & sound[:, None]
 
     def _risk(self, finished: FinishedEpisodes) -> Tensor | None:
         """Return the risk measure of each step's episode, centred, in standard deviations."""

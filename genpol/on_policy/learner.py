@@ -60,7 +60,8 @@ class OnPolicyLearner:
             settings, actor_critic.actor, specs.action_dim, generator
         )
         # These have a scale of their own, which whitening would undo.
-        own_scale = settings.combine == "dvao" or settings.advantage == "group"
+        combined = settings.combine == "dvao" and self._credit.num_values > 1
+        own_scale = combined or settings.advantage == "group"
         self._normalizes = self.surrogate.normalizes_advantage and not own_scale
         actor = [*actor_critic.actor.parameters()]
         critics = [*actor_critic.critic.parameters()]
@@ -119,7 +120,7 @@ class OnPolicyLearner:
             "advantage": worth.advantage,
             "target": worth.target,
         }
-        optional = {"centred": worth.centred, "risk": worth.risk}
+        optional = {"centred": worth.centred, "risk": worth.risk, "feedback": worth.feedback}
         kept |= {name: x for name, x in optional.items() if x is not None}
         rows = {name: x.flatten(0, 1)[worth.valid.flatten()] for name, x in kept.items()}
         if self.settings.advantage == "group":  # there the critic is not trained
@@ -136,8 +137,10 @@ class OnPolicyLearner:
         multiplier = pipo.judge(returns)
         previous, pipo.previous = pipo.previous, dict(rollout)
         if previous and len(previous["advantage"]) > 0 and multiplier != 0:
-            advantage = normalize_advantage(previous["advantage"])
-            previous["advantage"] = pipo_coefficients(advantage, multiplier, grouped=False)
+            feedback = previous.get("feedback")
+            if feedback is None:
+                feedback = normalize_advantage(previous["advantage"])
+            previous["advantage"] = pipo_coefficients(feedback, multiplier, grouped=False)
             for rows in self._minibatches(previous):
                 log_prob, advantage = self._likelihood.evaluate(rows).log_prob, rows["advantage"]
                 log_ratio = clamped_log_ratio(log_prob, rows["log_prob"])

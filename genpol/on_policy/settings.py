@@ -10,7 +10,7 @@ from genpol.errors import ConfigError
 from genpol.on_policy.credit import RiskSettings
 from genpol.on_policy.masks import CAPOSettings
 from genpol.on_policy.pipo import PIPOSettings
-from genpol.on_policy.surrogates import SurrogateSettings
+from genpol.on_policy.surrogate_settings import SurrogateSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,6 @@ class OnPolicySettings(SurrogateSettings):
     """Divergence per update to which the actor's step size adapts; 0 keeps it constant."""
     max_grad_norm: float = 0.5
     """Gradients of actor and critic are each clipped to this global norm."""
-    reward_scale: float = 0.1
-    """Rewards are multiplied by this before the critic sees them."""
     actor_hidden: list[int] = field(default_factory=lambda: [64, 64])
     """Widths of the actor's hidden layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [64, 64])
@@ -65,7 +63,7 @@ class OnPolicySettings(SurrogateSettings):
         super().__post_init__()
         for name in (
             *("rollout_steps", "epochs", "minibatches", "learning_rate", "critic_learning_rate"),
-            *("max_grad_norm", "reward_scale"),
+            "max_grad_norm",
         ):
             check.positive(f"agent.{name}", getattr(self, name))
         check.at_least("agent.critic_minibatches", self.critic_minibatches, 0)
@@ -86,6 +84,11 @@ class OnPolicySettings(SurrogateSettings):
             raise ConfigError(
                 f"agent.combine = {self.combine!r}: surrogate=bpo and advantage=group know one "
                 "reward only; set agent.combine=sum"
+            )
+        if self.surrogate == "bpo" and self.risk.coefficient > 0:
+            raise ConfigError(
+                f"agent.risk.coefficient = {self.risk.coefficient!r}: surrogate=bpo divides better "
+                "from worse by its own critic; set it to 0, or use another surrogate"
             )
         check.one_of("agent.normalizer", self.normalizer, ("exact", "released"))
 

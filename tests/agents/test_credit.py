@@ -16,7 +16,7 @@ from genpol.objectives.advantages import dvao, gae, gdpo
 from genpol.on_policy.credit import Credit, RiskSettings
 from genpol.on_policy.masks import CAPOSettings
 from genpol.on_policy.pipo import PIPO, PIPOSettings
-from genpol.on_policy.surrogates import BPOSettings
+from genpol.on_policy.surrogate_settings import BPOSettings
 
 ENVS, STEPS = 4, 6
 GROUPS = Specs(observation_dim=3, action_dim=2, num_envs=ENVS, group_size=4, group_steps=STEPS)
@@ -136,6 +136,28 @@ def test_terms_have_advantages_of_their_own(combine):
     assert found.target.shape == (ENVS, STEPS, 2)
 
 
+@pytest.mark.parametrize("combine", ["gdpo", "dvao"])
+def test_a_diverged_step_has_no_say_in_the_scale_of_terms(combine):
+    draw = torch.Generator().manual_seed(0)
+    rewards = torch.randn(ENVS, STEPS, 2, generator=draw)
+    settings = Settings(rollout_steps=STEPS, combine=combine, gamma=0.0)
+    specs = Specs(observation_dim=3, action_dim=2, num_envs=ENVS, num_rewards=2)
+    zeros = torch.zeros(ENVS, STEPS, 2)
+    diverged = torch.zeros(ENVS, STEPS, dtype=torch.bool)
+    diverged[:2] = True
+    found = worth(settings, specs, batch(rewards, diverged=diverged), zeros)
+    half = Specs(observation_dim=3, action_dim=2, num_envs=2, num_rewards=2)
+    expected = worth(settings, half, batch(rewards[2:]), zeros[2:])
+    torch.testing.assert_close(found.advantage[2:], expected.advantage)
+
+
+def test_one_term_is_normalised_however_terms_are_combined():
+    specs = Specs(observation_dim=3, action_dim=2, num_envs=ENVS)
+    for combine in ("sum", "dvao"):
+        settings = Settings(rollout_steps=STEPS, minibatches=1, combine=combine)
+        assert agents.make("ppo", settings, specs, seed=0).learner._normalizes
+
+
 def test_a_sum_of_terms_is_learned_from_as_one_reward():
     two = Specs(observation_dim=3, action_dim=2, num_envs=ENVS, num_rewards=2)
     one = Specs(observation_dim=3, action_dim=2, num_envs=ENVS)
@@ -237,6 +259,28 @@ def test_pipo_has_nothing_to_correct_in_a_rollout_that_diverged_everywhere():
         rollout = learning_rollout(agent, lambda action: action[..., :1])
         rollout["next", "diverged"].fill_(diverged)
         agent.update(rollout)
+
+
+def test_pipo_and_risk_weigh_the_terms_of_the_reward():
+    settings = Settings(
+        rollout_steps=STEPS,
+        combine="gdpo",
+        reward_weights=[1.0, 0.0],
+        pipo=PIPOSettings(enabled=True, min_episodes=1),
+    )
+    reward = torch.tensor([1.0, 100.0]).expand(ENVS, STEPS, 2)
+    every_second = (torch.arange(STEPS) % 2 == 1).expand(ENVS, STEPS)
+    specs = Specs(observation_dim=3, action_dim=2, num_envs=ENVS, num_rewards=2)
+    found = worth(settings, specs, batch(reward, every_second), torch.zeros(ENVS, STEPS, 2))
+    assert found.returns.tolist() == [2.0] * 2 * ENVS  # the first episode of each does not count
+
+
+def test_pipo_scales_what_it_repeats_within_groups():
+    rewards = torch.zeros(ENVS, STEPS, 1)
+    rewards[:, 0, 0] = torch.tensor([0.0, 0.0, 0.0, 4.0])
+    found = worth(group_settings(), GROUPS, batch(rewards))
+    expected = torch.tensor([-1.0, -1.0, -1.0, 3.0]) / 1.5  # A / mean |A|
+    torch.testing.assert_close(found.feedback, expected[:, None].expand(ENVS, STEPS))
 
 
 # --- CAPO --------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from genpol.errors import ConfigError
 from genpol.objectives.surrogates import ppo_clip
 from genpol.on_policy import DecodedPolicy, Encoder, gaussian_learner
 from genpol.on_policy.likelihood import gaussian_kl
-from genpol.on_policy.surrogates import SURROGATES, BPOSettings, MDPOSettings
+from genpol.on_policy.surrogate_settings import BPOSettings, MDPOSettings
+from genpol.on_policy.surrogates import SURROGATES
 from genpol.policies.gaussian import log_prob
 from genpol.policies.latent import IdentityDecoder
 

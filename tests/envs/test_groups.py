@@ -85,6 +85,19 @@ def test_the_leaders_episode_goes_on_and_ends_in_a_new_start(generator):
     assert torch.equal(groups(data["observation"])[0, 0], reached[0, 0])
 
 
+def test_a_group_keeps_in_step_where_all_its_episodes_end_at_once(generator):
+    # 8 steps an episode, which end between the starts of groups at multiples of 5.
+    env = make(num_envs=4, group_size=4, group_steps=5, train_episode_steps=8)
+    data = env.reset()
+    data = env.reset()  # collectors reset once more
+    env._elapsed.zero_()  # clocks were staggered
+    for _ in range(6):
+        start = data["observation"]
+        assert torch.equal(start, start[:1].expand_as(start))
+        after, data = advance(env, data, 5, generator)
+        assert after["done"].all()
+
+
 def test_evaluation_has_no_groups():
     observation = make(group_size=4, group_steps=5, training=False).reset()["observation"]
     assert len(observation.unique(dim=0)) == 8

@@ -11,7 +11,7 @@ from genpol import agents
 from genpol.agent import Specs
 from genpol.agents.gorl import Settings, fit_decoder
 from genpol.data.replay import Replay
-from genpol.on_policy.surrogates import BPOSettings, MDPOSettings
+from genpol.on_policy.surrogate_settings import BPOSettings, MDPOSettings
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.latent import GaussianDecoder
 from genpol.training.evaluation import evaluate

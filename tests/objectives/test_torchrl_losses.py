@@ -49,7 +49,7 @@ from genpol.errors import ConfigError
 from genpol.objectives import surrogates
 from genpol.objectives.bpo import bpo, bpo_target, soft_median_loss
 from genpol.objectives.torchrl_losses import BPOLoss, MDPOLoss, R2VPOLoss
-from genpol.on_policy.surrogates import BPOSettings, MDPOSettings, R2VPOSettings
+from genpol.on_policy.surrogate_settings import BPOSettings, MDPOSettings, R2VPOSettings
 
 OURS = [BPOLoss, MDPOLoss, R2VPOLoss]
 ROWS, OBSERVATION, ACTION = 12, 3, 2

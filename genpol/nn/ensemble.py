@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from genpol.nn.mlp import ACTIVATIONS, lecun_uniform_
+from genpol.nn.mlp import ACTIVATIONS, INITIALISERS, LAYER_NORM, hidden_activation
 from genpol.settings import one_of
 
 
@@ -23,7 +23,8 @@ class EnsembleMLP(nn.Module):
         output_dim: Width of the output, which passes no activation.
         hidden: Widths of the hidden layers.
         activation: One of :data:`~genpol.nn.mlp.ACTIVATIONS`.
-        layer_norm: Normalise behind every hidden linear layer, before the activation.
+        layer_norm: See :class:`~genpol.nn.mlp.MLP`.
+        init: See :class:`~genpol.nn.mlp.MLP`.
         generator: Source of the initial weights.
     """
 
@@ -35,22 +36,24 @@ class EnsembleMLP(nn.Module):
         hidden: Sequence[int],
         *,
         activation: str = "relu",
-        layer_norm: bool = False,
+        layer_norm: str = "none",
+        init: str = "lecun",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         one_of("activation", activation, ACTIVATIONS)
+        one_of("layer_norm", layer_norm, LAYER_NORM)
+        one_of("init", init, INITIALISERS)
         self.num_members = num_members
         self.activation = activation
+        self.layer_norm = layer_norm
+        self.init = init
         widths = list(pairwise((input_dim, *hidden, output_dim)))
         self.weights = nn.ParameterList(
             torch.empty(num_members, fan_in, fan_out) for fan_in, fan_out in widths
         )
         self.biases = nn.ParameterList(
             torch.zeros(num_members, 1, fan_out) for _, fan_out in widths
-        )
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(width, elementwise_affine=False) for width in hidden if layer_norm
         )
         self.reset_parameters(generator)
 
@@ -59,7 +62,7 @@ class EnsembleMLP(nn.Module):
         """Draw all weights anew and zero the biases."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
             for member in weight:
-                lecun_uniform_(member.T, generator)
+                INITIALISERS[self.init](member.T, generator)
             bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +73,5 @@ class EnsembleMLP(nn.Module):
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, hidden, weight)
             if index < last:
-                if self.norms:
-                    hidden = self.norms[index](hidden)
-                hidden = activate(hidden)
+                hidden = hidden_activation(hidden, activate, self.layer_norm)
         return hidden

@@ -27,20 +27,66 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
+LAYER_NORM = ("none", "before", "after")
+"""Where hidden layers are normalised: nowhere, before their activation, or after it."""
+
+# Flax's; torch's default is 1e-5.
+LAYER_NORM_EPS = 1e-6
+
+
+def hidden_activation(
+    hidden: Tensor, activate: Callable[[Tensor], Tensor], layer_norm: str
+) -> Tensor:
+    """Apply activation and layer norm (without gain and bias of its own) to ``[..., width]``."""
+    if layer_norm == "before":
+        hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYER_NORM_EPS)
+    hidden = activate(hidden)
+    if layer_norm == "after":
+        hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=LAYER_NORM_EPS)
+    return hidden
+
+
+def lecun_uniform_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``weight`` ``[fan_out, fan_in]`` from ``U(-sqrt(3 / fan_in), sqrt(3 / fan_in))``."""
+    return _uniform_(weight, (3.0 / weight.shape[1]) ** 0.5, generator)
+
+
+def glorot_uniform_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``weight`` ``[fan_out, fan_in]`` from ``U(-b, b)``, ``b^2 = 6 / (fan_in + fan_out)``."""
+    return _uniform_(weight, (6.0 / sum(weight.shape)) ** 0.5, generator)
+
+
+def _uniform_(weight: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
+    # Drawn where the generator lives, so that a seed means the same weights on every device.
+    device = generator.device if generator is not None else weight.device
+    draws = torch.rand(weight.shape, generator=generator, device=device, dtype=weight.dtype)
+    return weight.copy_(draws.mul_(2 * bound).sub_(bound))
+
+
+INITIALISERS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+    "lecun": lecun_uniform_,
+    "glorot": glorot_uniform_,
+}
+"""Initialisers of weights by name: ``lecun`` keeps the scale of forward signals, ``glorot`` is
+Flax's uniform variance scaling over the mean fan, which FQL, QC, DQC and QGF use."""
+
+
 class MLP(nn.Module):
-    """A multilayer perceptron with LeCun-uniform weights and zero biases.
+    """A multilayer perceptron with zero biases.
 
     Args:
         input_dim: Width of the input.
         output_dim: Width of the output, which passes no activation.
         hidden: Widths of the hidden layers; empty for a linear map.
         activation: One of :data:`ACTIVATIONS`, applied behind every hidden layer.
+        layer_norm: One of :data:`LAYER_NORM`.
+        init: One of :data:`INITIALISERS`.
         output_gain: Factor on the last layer's initial weights; 0.0 starts with a zero output.
         generator: Source of the initial weights. Without it torch's global generator is used.
             The global generator is otherwise left untouched.
 
     Raises:
-        ConfigError: If the activation is unknown.
+        ConfigError: If activation, norm or initialiser is unknown.
     """
 
     def __init__(
@@ -50,12 +96,18 @@ class MLP(nn.Module):
         hidden: Sequence[int],
         *,
         activation: str = "silu",
+        layer_norm: str = "none",
+        init: str = "lecun",
         output_gain: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         one_of("activation", activation, ACTIVATIONS)
+        one_of("layer_norm", layer_norm, LAYER_NORM)
+        one_of("init", init, INITIALISERS)
         self.activation = activation
+        self.layer_norm = layer_norm
+        self.init = init
         self.output_gain = output_gain
         # nn.Linear would draw weights from the global generator, only for us to overwrite them.
         self.layers = nn.ModuleList(
@@ -68,7 +120,7 @@ class MLP(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew and zero the biases; the output gain applies again."""
         for layer in self.linears:
-            lecun_uniform_(layer.weight, generator)
+            INITIALISERS[self.init](layer.weight, generator)
             layer.bias.zero_()
         self.linears[-1].weight.mul_(self.output_gain)
 
@@ -85,7 +137,7 @@ class MLP(nn.Module):
         """Return what the last layer reads, ``[..., hidden[-1]]``; ``x`` itself without any."""
         activate = ACTIVATIONS[self.activation][0]
         for layer in self.linears[:-1]:
-            x = activate(layer(x))
+            x = hidden_activation(layer(x), activate, self.layer_norm)
         return x
 
     def after_first(self, hidden: Tensor) -> Tensor:
@@ -98,14 +150,6 @@ class MLP(nn.Module):
         activate = ACTIVATIONS[self.activation][0 if torch.is_grad_enabled() else 1]
         for layer in islice(self.layers, 1, None):
             linear = cast(nn.Linear, layer)
-            hidden = F.linear(activate(hidden), linear.weight, linear.bias)
+            hidden = hidden_activation(hidden, activate, self.layer_norm)
+            hidden = F.linear(hidden, linear.weight, linear.bias)
         return hidden
-
-
-def lecun_uniform_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill ``weight`` ``[fan_out, fan_in]`` from ``U(-sqrt(3 / fan_in), sqrt(3 / fan_in))``."""
-    bound = (3.0 / weight.shape[1]) ** 0.5
-    # Drawn where the generator lives, so that a seed means the same weights on every device.
-    device = generator.device if generator is not None else weight.device
-    draws = torch.rand(weight.shape, generator=generator, device=device, dtype=weight.dtype)
-    return weight.copy_(draws.mul_(2 * bound).sub_(bound))

@@ -30,6 +30,8 @@ class Denoiser(nn.Module):
         hidden: Widths of the hidden layers.
         time_embedding_dim: See :class:`~genpol.nn.time_embedding.TimeEmbedding`.
         activation: See :class:`~genpol.nn.mlp.MLP`.
+        layer_norm: See :class:`~genpol.nn.mlp.MLP`.
+        init: See :class:`~genpol.nn.mlp.MLP`.
         zero_init: Start with a zero last layer, hence a zero output.
         output_scale: Constant factor on the output (0.25 in some published codes).
         generator: Source of the initial weights.
@@ -43,6 +45,8 @@ class Denoiser(nn.Module):
         *,
         time_embedding_dim: int = 8,
         activation: str = "silu",
+        layer_norm: str = "none",
+        init: str = "lecun",
         zero_init: bool = True,
         output_scale: float = 1.0,
         generator: torch.Generator | None = None,
@@ -56,6 +60,8 @@ class Denoiser(nn.Module):
             x_dim,
             hidden,
             activation=activation,
+            layer_norm=layer_norm,
+            init=init,
             output_gain=0.0 if zero_init else 1.0,
             generator=generator,
         )

@@ -50,6 +50,8 @@ class DiffusionPolicy(nn.Module):
         horizon: Actions H per chunk. Above 1 every action and noise is ``[..., H, A]``.
         time_embedding_dim: See :class:`~genpol.nn.time_embedding.TimeEmbedding`.
         activation: See :class:`~genpol.nn.mlp.MLP`.
+        layer_norm: See :class:`~genpol.nn.mlp.MLP`.
+        init: See :class:`~genpol.nn.mlp.MLP`.
         zero_init: Start with a zero output.
         output_scale: Constant factor on the network's output (0.25 in GoRL's ``epsilon_delta``).
         generator: Source of the initial weights.
@@ -78,6 +80,8 @@ class DiffusionPolicy(nn.Module):
         horizon: int = 1,
         time_embedding_dim: int = 8,
         activation: str = "silu",
+        layer_norm: str = "none",
+        init: str = "lecun",
         zero_init: bool = True,
         output_scale: float = 1.0,
         generator: torch.Generator | None = None,
@@ -102,6 +106,8 @@ class DiffusionPolicy(nn.Module):
             hidden,
             time_embedding_dim=time_embedding_dim,
             activation=activation,
+            layer_norm=layer_norm,
+            init=init,
             zero_init=zero_init,
             output_scale=output_scale,
             generator=generator,
@@ -141,7 +147,7 @@ class DiffusionPolicy(nn.Module):
                 for ``eta > 0``. Without it every step takes its mean.
             num_steps: Visit only so many of the schedule's levels.
         """
-        steps = self.steps if num_steps is None else self._steps(self.schedule.subset(num_steps))
+        steps = self.sampling_steps(num_steps)
         draws = None if step_noise is None else flatten_chunk(step_noise, self.horizon).unbind(-2)
         x = denoise(
             self.field(observation, num_steps),
@@ -151,6 +157,10 @@ class DiffusionPolicy(nn.Module):
             clip=self.clip,
         )[-1]
         return unflatten_chunk(x, self.horizon)
+
+    def sampling_steps(self, num_steps: int | None = None) -> list[DenoisingStep]:
+        """Return the steps of :meth:`sample`, which :meth:`field` is evaluated at."""
+        return self.steps if num_steps is None else self._steps(self.schedule.subset(num_steps))
 
     def draw_time(
         self,

@@ -22,6 +22,7 @@ from genpol.policies.denoiser import (
     unflatten_chunk,
 )
 from genpol.policies.gaussian import log_prob
+from genpol.policies.schedules import DenoisingStep
 from genpol.settings import at_least, one_of
 
 Solver = Literal["euler", "heun"]
@@ -43,6 +44,8 @@ class FlowPolicy(nn.Module):
         solver: ``"euler"``, or ``"heun"`` with two evaluations per step (the last at ``t = 1``).
         time_embedding_dim: See :class:`~genpol.nn.time_embedding.TimeEmbedding`.
         activation: See :class:`~genpol.nn.mlp.MLP`.
+        layer_norm: See :class:`~genpol.nn.mlp.MLP`.
+        init: See :class:`~genpol.nn.mlp.MLP`.
         zero_init: Start with zero velocity: a sample is its noise, bit for bit.
         output_scale: Constant factor on the network's output.
         generator: Source of the initial weights.
@@ -65,6 +68,8 @@ class FlowPolicy(nn.Module):
         solver: Solver = "euler",
         time_embedding_dim: int = 8,
         activation: str = "silu",
+        layer_norm: str = "none",
+        init: str = "lecun",
         zero_init: bool = True,
         output_scale: float = 1.0,
         generator: torch.Generator | None = None,
@@ -84,6 +89,8 @@ class FlowPolicy(nn.Module):
             hidden,
             time_embedding_dim=time_embedding_dim,
             activation=activation,
+            layer_norm=layer_norm,
+            init=init,
             zero_init=zero_init,
             output_scale=output_scale,
             generator=generator,
@@ -120,6 +127,10 @@ class FlowPolicy(nn.Module):
         flat = flatten_chunk(noise, self.horizon)
         x = integrate(self.field(observation, num_steps), flat, steps, self.solver)
         return unflatten_chunk(x, self.horizon)
+
+    def sampling_steps(self, num_steps: int | None = None) -> list[DenoisingStep]:
+        """Return the Euler steps of :meth:`field`, in the form that diffusion models share."""
+        return euler_steps(self.num_steps if num_steps is None else num_steps)
 
     @staticmethod
     def draw_time(
@@ -263,6 +274,31 @@ class FlowPolicy(nn.Module):
 def time_grid(num_steps: int) -> Tensor:
     """Return the solver's times ``[num_steps + 1, 1]``, from 0 to 1."""
     return (torch.arange(num_steps + 1) / num_steps).unsqueeze(-1)
+
+
+def euler_steps(num_steps: int) -> list[DenoisingStep]:
+    """Return the steps ``x + v / K`` for a network that gives the velocity v.
+
+    The clean estimate is ``x + (1 - t) v``, and a step goes ``1 / (K (1 - t))`` of the way to it.
+    """
+    steps = []
+    for step in range(num_steps):
+        left = 1.0 - step / num_steps
+        share = 1.0 / (num_steps * left)
+        steps.append(
+            DenoisingStep(
+                level=step,
+                clean_x=1.0,
+                clean_o=left,
+                mean_x=1.0 - share,
+                mean_clean=share,
+                direct_x=1.0,
+                direct_o=1.0 / num_steps,
+                std=0.0,
+                time=step / num_steps,
+            )
+        )
+    return steps
 
 
 def integrate(field: Field, noise: Tensor, num_steps: int, solver: Solver = "euler") -> Tensor:

@@ -126,6 +126,8 @@ class DenoisingStep(NamedTuple):
 
     Clean estimate ``clean_x x + clean_o o``, possibly clipped; transition mean
     ``mean_x x + mean_clean clean``. Without clipping the mean is ``direct_x x + direct_o o``.
+    ``time`` is the share of the action in x, from 0 (noise) to 1: where x is
+    ``signal a + spread eps``, it is ``signal / (signal + spread)``, the time of a flow's path.
     """
 
     level: int
@@ -136,6 +138,7 @@ class DenoisingStep(NamedTuple):
     direct_x: float
     direct_o: float
     std: float
+    time: float
 
 
 def delta_slopes(schedule: Schedule) -> tuple[float, ...]:
@@ -193,9 +196,9 @@ def denoising_steps(
         mean_x, mean_clean, std = _kernel(abar, following, sampler, eta)
         # Step by step these two cancel badly where abar is small, hence the doubles.
         direct_x, direct_o = mean_x + mean_clean * clean_x, mean_clean * clean_o
-        steps.append(
-            DenoisingStep(level, clean_x, clean_o, mean_x, mean_clean, direct_x, direct_o, std)
-        )
+        signal, spread = math.sqrt(abar), math.sqrt(1.0 - abar)
+        step = (clean_x, clean_o, mean_x, mean_clean, direct_x, direct_o, std)
+        steps.append(DenoisingStep(level, *step, time=signal / (signal + spread)))
     return steps
 
 

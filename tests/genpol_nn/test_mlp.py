@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from genpol.errors import ConfigError
 from genpol.nn.mlp import ACTIVATIONS, MLP
@@ -88,3 +89,25 @@ def test_can_be_copied_and_pickled():
 def test_unknown_activation_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="silu"):
         make(activation="swilu")
+
+
+@pytest.mark.parametrize("layer_norm", ["before", "after"])
+def test_layer_norm_stands_on_its_side_of_the_activation(layer_norm: str):
+    mlp = MLP(3, 2, [8, 5], layer_norm=layer_norm, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(7, 3)
+    hidden = x
+    for layer in mlp.linears[:-1]:
+        hidden = layer(hidden)
+        if layer_norm == "before":
+            hidden = F.silu(F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6))
+        else:
+            hidden = F.layer_norm(F.silu(hidden), hidden.shape[-1:], eps=1e-6)
+    torch.testing.assert_close(mlp.features(x), hidden)
+    torch.testing.assert_close(mlp(x), mlp.linears[-1](hidden))
+
+
+def test_glorot_weights_fill_their_range_and_no_more():
+    mlp = MLP(200, 100, [300], init="glorot", generator=torch.Generator().manual_seed(0))
+    for layer, bound in zip(mlp.linears, [(6 / 500) ** 0.5, (6 / 400) ** 0.5], strict=True):
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)

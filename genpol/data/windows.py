@@ -1,0 +1,174 @@
+"""Batches of windows: some transitions on end, with what they earned and where they led.
+
+A window from row i holds the actions ``a_i .. a_{i+H-1}``, the discounted sum of their rewards, and
+the state behind them, for chunked and for n-step learning alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from genpol import settings as check
+from genpol.data.dataset import OfflineDataset
+from genpol.data.goals import GoalSettings, draw_goals, relabel
+from genpol.errors import ConfigError, DatasetError
+
+Edges = Literal["mask", "whole"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec:
+    """What windows an agent learns from.
+
+    Attributes:
+        steps: Transitions H per window.
+        gamma: Discount per transition.
+        edges: ``mask``: a window may begin at any transition; what lies beyond its trajectory is
+            marked (QC, QGF). ``whole``: it begins only where more than H transitions of the
+            trajectory are left (DQC, which leaves the last state out).
+        goals: Draw a goal for each window, whose reward then takes the place of the data's.
+    """
+
+    steps: int = 1
+    gamma: float = 0.99
+    edges: Edges = "mask"
+    goals: GoalSettings | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        check.at_least("steps", self.steps, 1)
+        check.within("gamma", self.gamma, 0.0, 1.0)
+        check.one_of("edges", self.edges, ("mask", "whole"))
+        if self.goals is not None and self.edges != "whole":
+            raise ConfigError("goals need edges=whole: a cut window would count as an arrival")
+
+
+class WindowSampler:
+    """Draws windows from a data set, uniformly and with replacement.
+
+    A batch ``[B]`` has
+
+    ====================== ============================================================
+    ``observation``        ``[B, d]`` at the window's start
+    ``action``             ``[B, H, A]``
+    ``valid``              bool ``[B, H]``: the transition is of the same trajectory
+    ``weight``             ``[B]``: 1 if all are, else 0
+    ``reward``             ``[B]``: ``sum_k gamma^k r_k`` over valid transitions
+    ``discount``           ``[B]``: ``gamma^n`` for n valid transitions; 0 if one of them
+                           is terminated
+    ``next, observation``  ``[B, d]`` behind the last valid transition
+    ``goal``               ``[B, g]``, with goals; reward, discount and next observation
+                           are then those of :func:`~genpol.data.goals.relabel`
+    ====================== ============================================================
+
+    What comes behind a terminated transition, but within the window, still earns its reward: the
+    recording went on (QC's released code).
+
+    Args:
+        dataset: What to draw from; it may lie on disk.
+        spec: The windows.
+        seed: Seed of the draws.
+
+    Raises:
+        DatasetError: If the data lack a column that the windows need, or are too short for them.
+    """
+
+    def __init__(self, dataset: OfflineDataset, spec: WindowSpec, *, seed: int) -> None:
+        self.spec = spec
+        self._generator = torch.Generator().manual_seed(seed)
+        needed = ("goal",) if spec.goals is not None else ("reward", "terminated")
+        for name in needed:
+            if name not in dataset.columns:
+                raise DatasetError(
+                    f"the data set has no column {name!r}, from which this agent learns; it has "
+                    f"{', '.join(sorted(dataset.columns))}"
+                )
+        self._columns = {
+            name: torch.from_numpy(dataset.columns[name])
+            for name in ("observation", "action", *needed)
+        }
+        self._first = torch.from_numpy(dataset.starts)
+        self._last = torch.from_numpy(dataset.ends)
+        lengths = self._last - self._first
+        margin = spec.steps if spec.edges == "whole" else 0
+        self._starts_until = (lengths - margin).clamp_min(0).cumsum(0)
+        self.num_starts = int(self._starts_until[-1])
+        if self.num_starts == 0:
+            raise DatasetError(
+                f"windows of {spec.steps} transitions need trajectories of {spec.steps + 1}; the "
+                f"longest has {int(lengths.max())}. Take a shorter horizon"
+            )
+
+    def sample(self, size: int) -> TensorDict:
+        """Return windows ``[size]``."""
+        return self.at(self._draw(size))
+
+    def at(self, index: Tensor) -> TensorDict:
+        """Return the windows of the given numbers, 0 to ``num_starts - 1``, ``[B]``."""
+        columns, spec = self._columns, self.spec
+        rows, last = self._rows(index)
+        window = rows[:, None] + torch.arange(spec.steps)
+        valid = window < last[:, None]
+        window = torch.minimum(window, last[:, None] - 1)
+        if spec.goals is None:
+            reward, terminated = (columns[name][window] for name in ("reward", "terminated"))
+            earned = discounted(reward, terminated, valid, spec.gamma)
+            following = rows + valid.sum(1)
+        else:
+            anywhere, _ = self._rows(self._draw(len(index)))
+            goals = draw_goals(rows, last - 1, anywhere, spec.goals, self._generator)
+            reward, discount, steps = relabel(
+                rows, goals, steps=spec.steps, gamma=spec.gamma, rule=spec.goals.rule
+            )
+            earned = {"reward": reward, "discount": discount, "goal": columns["goal"][goals]}
+            following = rows + steps
+        observation = columns["observation"]
+        fields = {
+            "observation": observation[rows],
+            "action": columns["action"][window],
+            "valid": valid,
+            "weight": valid[:, -1].float(),
+            **earned,
+            "next": TensorDict({"observation": observation[following]}, [len(index)]),
+        }
+        return TensorDict(fields, [len(index)])
+
+    def _draw(self, size: int) -> Tensor:
+        return torch.randint(self.num_starts, (size,), generator=self._generator)
+
+    def _rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where windows begin, and the final state of each one's trajectory."""
+        trajectory = torch.searchsorted(self._starts_until, index, right=True)
+        before = torch.where(trajectory > 0, self._starts_until[trajectory - 1], 0)
+        return self._first[trajectory] + index - before, self._last[trajectory]
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the generator."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state` returned."""
+        self._generator.set_state(state["generator"])
+
+
+def discounted(
+    reward: Tensor, terminated: Tensor, valid: Tensor, gamma: float
+) -> dict[str, Tensor]:
+    """Return the ``reward`` and the ``discount`` of windows, ``[B]`` each.
+
+    Args:
+        reward: Of each transition, ``[B, H]``.
+        terminated: Whether it is the task's end, ``[B, H]``.
+        valid: Whether it belongs to the window, ``[B, H]``; the first always does.
+        gamma: Discount per transition.
+    """
+    power = gamma ** torch.arange(reward.shape[1] + 1, device=reward.device)
+    total = torch.where(valid, reward * power[:-1], 0.0).sum(1)
+    over = (terminated & valid).any(1)
+    return {"reward": total, "discount": torch.where(over, 0.0, power[valid.sum(1)])}

@@ -1,0 +1,145 @@
+"""Windows over what was collected, alone and beside a data set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from genpol.data.dataset import OfflineDataset
+from genpol.data.goals import GoalSettings
+from genpol.data.sequences import SequenceReplay
+from genpol.data.windows import WindowSampler, WindowSpec
+from genpol.errors import ConfigError
+
+ENVS = 2
+
+
+def rollout(first, steps, *, done=(), terminated=(), diverged=()):
+    """Return steps whose observations are their time, plus a hundred for each environment."""
+    time = torch.arange(first, first + steps).float().expand(ENVS, steps)
+    state = (time + 100 * torch.arange(ENVS)[:, None]).unsqueeze(-1)
+
+    def flags(places):
+        flag = torch.zeros(ENVS, steps, 1, dtype=torch.bool)
+        for env, at in places:
+            flag[env, at - first] = True
+        return flag
+
+    after = {
+        "observation": state + 1,
+        "reward": torch.ones(ENVS, steps, 1),
+        "terminated": flags(terminated),
+        "done": flags([*done, *terminated, *diverged]),
+        "diverged": flags(diverged),
+    }
+    fields = {
+        "observation": state,
+        "action": state / 1000,
+        "next": TensorDict(after, [ENVS, steps]),
+    }
+    return TensorDict(fields, [ENVS, steps])
+
+
+def replay(steps=3, capacity=40, gamma=0.5, **options):
+    return SequenceReplay(
+        WindowSpec(steps=steps, gamma=gamma), capacity=capacity, num_envs=ENVS, seed=0, **options
+    )
+
+
+def all_windows(buffer):
+    batch = buffer._at(torch.arange(buffer.num_starts))
+    return {int(batch["observation"][i].item()): batch[i] for i in range(len(batch))}
+
+
+def test_windows_run_along_one_environment_over_the_seams_of_rollouts():
+    buffer = replay()
+    buffer.extend(rollout(0, 4))
+    buffer.extend(rollout(4, 3))
+    found = all_windows(buffer)
+    assert sorted(found) == [*range(5), *range(100, 105)]
+    window = found[102]
+    torch.testing.assert_close(window["action"].squeeze(-1), torch.tensor([0.102, 0.103, 0.104]))
+    assert window["next", "observation"].item() == 105
+    assert window["reward"].item() == 1.75
+    assert window["discount"].item() == 0.125
+    assert window["weight"].item() == 1.0
+
+
+@pytest.mark.parametrize(("kind", "discount"), [("done", 0.25), ("terminated", 0.0)])
+def test_windows_end_with_their_episode(kind, discount):
+    buffer = replay()
+    buffer.extend(rollout(0, 8, **{kind: [(0, 3)]}))
+    window = all_windows(buffer)[2]
+    assert window["valid"].tolist() == [True, True, False]
+    assert window["weight"].item() == 0.0
+    assert window["next", "observation"].item() == 4
+    assert window["reward"].item() == 1.5
+    assert window["discount"].item() == discount
+
+
+def test_a_step_that_diverged_is_not_valid():
+    buffer = replay()
+    buffer.extend(rollout(0, 8, diverged=[(1, 3)]))
+    found = all_windows(buffer)
+    assert found[101]["valid"].tolist() == [True, True, False]
+    assert found[101]["next", "observation"].item() == 103
+    assert not found[103]["valid"].any()
+    assert found[103]["reward"].item() == 0.0
+
+
+def test_old_steps_are_overwritten():
+    buffer = replay(capacity=10)
+    for first in range(0, 12, 3):
+        buffer.extend(rollout(first, 3))
+    assert len(buffer) == 10
+    assert sorted(all_windows(buffer)) == [7, 8, 9, 107, 108, 109]
+    buffer.extend(rollout(12, 30))  # longer than the buffer
+    assert sorted(all_windows(buffer)) == [37, 38, 39, 137, 138, 139]
+
+
+def dataset(length):
+    trajectory = {
+        "observation": -1.0 - torch.arange(length + 1).float()[:, None].numpy(),
+        "action": torch.zeros(length, 1).numpy(),
+        "reward": torch.zeros(length).numpy(),
+        "terminated": torch.zeros(length, dtype=torch.bool).numpy(),
+    }
+    return OfflineDataset.from_trajectories([trajectory])
+
+
+def test_offline_and_collected_windows_are_equally_likely():
+    spec = WindowSpec(steps=3, gamma=0.5)
+    buffer = replay(offline=WindowSampler(dataset(30), spec, seed=1))
+    before = buffer.sample(1000)["observation"]
+    assert (before < 0).all()
+    buffer.extend(rollout(0, 7))  # 10 windows beside 30
+    batch = buffer.sample(40_000)
+    share = (batch["observation"] >= 0).double().mean().item()
+    assert share == pytest.approx(0.25, abs=0.01)
+    assert set(batch.keys()) == set(buffer._offline.sample(1).keys())
+
+
+def test_a_saved_buffer_goes_on_with_the_same_windows():
+    first = replay(capacity=10)
+    for start in (0, 4):
+        first.extend(rollout(start, 4))
+    first.sample(3)
+    second = replay(capacity=10)
+    second.load_state(first.state())
+    for buffer in (first, second):
+        buffer.extend(rollout(8, 3))
+    a, b = first.sample(50), second.sample(50)
+    assert all(torch.equal(a[key], b[key]) for key in a.keys(True, True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "capacity", "message"),
+    [
+        (WindowSpec(steps=3, edges="whole", goals=GoalSettings()), 40, "set online_steps=0"),
+        (WindowSpec(steps=3), 5, "replay_capacity = 5: must hold 3 steps of 2 environments"),
+    ],
+)
+def test_what_cannot_be_collected_is_refused(spec, capacity, message):
+    with pytest.raises(ConfigError, match=message):
+        SequenceReplay(spec, capacity=capacity, num_envs=ENVS, seed=0)

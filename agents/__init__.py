@@ -15,7 +15,24 @@ if TYPE_CHECKING:
     from genpol.agent import Agent, Specs
 
 # Each module defines ``Settings`` and an agent class named by its ``AGENT``.
-_NAMES = ("bpo", "dppo", "fpo", "gorl", "mdpo", "mdpo_off_policy", "ppo", "sac")
+_NAMES = (
+    "bc",
+    "bpo",
+    "dppo",
+    "dqc",
+    "fpo",
+    "fql",
+    "gorl",
+    "harpg",
+    "iql",
+    "mdpo",
+    "mdpo_off_policy",
+    "npg_igt",
+    "ppo",
+    "qc",
+    "qgf",
+    "sac",
+)
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Simulators: native batched MuJoCo tasks, and any gymnasium or dm_control environment.
+"""Simulators: native batched MuJoCo tasks, OGBench, and any gymnasium or dm_control environment.
 
 Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]``: actions in
 ``[-1, 1]``, one ``observation`` vector, ``terminated`` apart from ``truncated``, and ``diverged``
@@ -10,20 +10,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from genpol.envs.mujoco.names import NAMES
-from genpol.envs.settings import DMControlSettings, GymSettings, MujocoSettings, Settings, label
+from genpol.envs.settings import (
+    DMControlSettings,
+    GymSettings,
+    MujocoSettings,
+    OGBenchSettings,
+    Settings,
+    label,
+)
 
 if TYPE_CHECKING:
     import torch
     from torchrl.envs import EnvBase
 
+    from genpol.data.dataset import OfflineDataset
+
 __all__ = [
     "DMControlSettings",
     "GymSettings",
     "MujocoSettings",
+    "OGBenchSettings",
     "Settings",
     "label",
     "make",
     "names",
+    "relabel",
     "settings_classes",
 ]
 
@@ -35,7 +46,12 @@ def names() -> list[str]:
 
 def settings_classes() -> dict[str, type]:
     """Return the settings dataclass of every simulator family by the family's name."""
-    return {"mujoco": MujocoSettings, "gym": GymSettings, "dm_control": DMControlSettings}
+    return {
+        "mujoco": MujocoSettings,
+        "gym": GymSettings,
+        "dm_control": DMControlSettings,
+        "ogbench": OGBenchSettings,
+    }
 
 
 def make(
@@ -89,4 +105,24 @@ def make(
             from genpol.envs.torchrl_envs import make_dm_control
 
             return make_dm_control(settings, num_envs, device, seed, stagger=training)
+        case OGBenchSettings():
+            from genpol.envs.ogbench import make_ogbench
+
+            return make_ogbench(settings, num_envs, device, seed, stagger=training)
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
+
+
+def relabel(dataset: OfflineDataset, settings: Settings) -> OfflineDataset:
+    """Return a data set as an environment's task sees it.
+
+    OGBench's data were recorded without a task: rewards, ends and goals are made here. Data of
+    other simulators hold their own.
+
+    Raises:
+        DatasetError: If a column is missing or belongs to another environment.
+    """
+    if isinstance(settings, OGBenchSettings):
+        from genpol.envs import ogbench_relabel
+
+        return ogbench_relabel.relabel(dataset, settings)
+    return dataset

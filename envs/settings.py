@@ -7,7 +7,13 @@ from typing import ClassVar
 
 from genpol.envs.mujoco.names import NAMES
 from genpol.errors import ConfigError, nearest
-from genpol.settings import at_least
+from genpol.settings import at_least, one_of, within
+
+OGBENCH_NAMES = (
+    *("cube-single", "cube-double", "cube-triple", "cube-quadruple", "cube-octuple"),
+    *("scene", "puzzle-3x3", "puzzle-4x4", "puzzle-4x5", "puzzle-4x6"),
+)
+SUCCESS_TIMINGS = ("pre", "post")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +79,37 @@ class DMControlSettings:
         _not_empty("env.task", self.task)
 
 
-Settings = MujocoSettings | GymSettings | DMControlSettings
+@dataclass(frozen=True, kw_only=True)
+class OGBenchSettings:
+    """A manipulation task of OGBench, to be learnt from data such as `genpol data generate` makes.
+
+    Task 0 of a single-task environment is OGBench's default one: task 2, or task 4 of puzzle-3x3
+    and puzzle-4x4.
+    """
+
+    default_num_envs: ClassVar[int] = 8  # of processes, one for each environment
+
+    name: str = "cube-single"
+    """Environment: cube-single, scene, puzzle-3x3, ..."""
+    task: int = 0
+    """Task 1 to 5; 0 for the default one, or for all in turn where goals are given."""
+    goal_conditioned: bool = False
+    """Whether the goal is observed, under `goal`, and the reward is 1 on reaching it, else 0."""
+    success_timing: str = "pre"
+    """State that a single task judges: pre, that acted in, as ogbench does since 1.2.0; or post,
+    the next, as before."""
+
+    def __post_init__(self) -> None:
+        one_of("env.name", self.name, OGBENCH_NAMES)
+        within("env.task", self.task, 0, 5)
+        one_of("env.success_timing", self.success_timing, SUCCESS_TIMINGS)
+
+
+Settings = MujocoSettings | GymSettings | DMControlSettings | OGBenchSettings
 
 
 def label(settings: Settings) -> str:
-    """Return a short name without slashes: HopperStand, Pendulum-v1, cartpole-swingup."""
+    """Return a short name without slashes: HopperStand, Pendulum-v1, cube-single-play-task2."""
     match settings:
         case MujocoSettings():
             return settings.name
@@ -85,6 +117,10 @@ def label(settings: Settings) -> str:
             return settings.id.rpartition(":")[2].replace("/", "-")
         case DMControlSettings():
             return f"{settings.domain}-{settings.task}"
+        case OGBenchSettings():
+            goal = "-goal" if settings.goal_conditioned else ""
+            task = f"-task{settings.task}" if settings.task else ""
+            return f"{settings.name}-play{goal}{task}"
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
 
 

@@ -7,9 +7,9 @@ import multiprocessing
 import multiprocessing.connection
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -38,13 +38,19 @@ class Family:
         control_period_s: Return the simulated time of one step.
         observation_keys: Return the keys of its observations, in the simulator's order.
         render: Draw it, given height and width.
+        extras: What else it gives with every observation, passed on under the same key as the type
+            that is named.
+        indexed: Whether ``create`` takes the environment's index within the batch, and each seeds
+            itself from that and the seed of all; else torchrl draws a seed for each.
     """
 
-    create: Callable[[], EnvBase]
+    create: Callable[..., EnvBase]
     max_episode_steps: Callable[[EnvBase], float | None]
     control_period_s: Callable[[EnvBase], float]
     observation_keys: Callable[[EnvBase], list[str]]
     render: Callable[[EnvBase, int, int], np.ndarray]
+    extras: Mapping[str, torch.dtype] = field(default_factory=dict)
+    indexed: bool = False
 
 
 class TorchrlEnv(EnvBase):
@@ -53,7 +59,8 @@ class TorchrlEnv(EnvBase):
     Observations are concatenated in the environment's own order to one float32 vector; actions in
     ``[-1, 1]`` are mapped to the environment's bounds. A step that yields something non-finite
     ends its episode as in :class:`~genpol.envs.mujoco.env.MujocoEnv`: ``truncated`` and
-    ``diverged``, reward 0 and the last good observation.
+    ``diverged``, reward 0 and the last good observation. ``is_init`` marks the first observation of
+    an episode.
 
     Attributes:
         name: The environment's name.
@@ -98,7 +105,7 @@ class TorchrlEnv(EnvBase):
         self._workers: list[BaseProcess] = []
         self._inner: EnvBase | None = None
         with self._faults():
-            self._probe = family.create()
+            self._probe = family.create(**self._keywords(0))
             self._read(self._probe)
             self._inner = self._start(num_envs)
         self.set_seed(seed)
@@ -106,25 +113,37 @@ class TorchrlEnv(EnvBase):
     def _read(self, probe: EnvBase) -> None:
         """Take sizes and bounds from one environment."""
         self._keys = self._family.observation_keys(probe)
-        _check_spaces(self.name, probe, self._keys)
+        _check_spaces(self.name, probe, self._keys, self._family.extras)
         limit = self._family.max_episode_steps(probe)
         if limit is None or math.isinf(limit):
             limit = _DEFAULT_EPISODE_STEPS
         self.max_episode_steps = math.ceil(limit)
         self.control_period_s = self._family.control_period_s(probe)
-        dim = sum(probe.observation_spec[key].shape.numel() for key in self._keys)
+        width = {key: probe.observation_spec[key].shape.numel() for key in probe.observation_spec}
+        n, dim = self.batch_size[0], sum(width[key] for key in self._keys)
         space, self._action_dtype = probe.action_spec.space, probe.action_spec.dtype
         self._low, self._high = space.low.double(), space.high.double()
-        self._observation = torch.zeros(*self.batch_size, dim)
-        self._make_specs(dim, self._low.numel())
+        self._seen = {"observation": torch.zeros(n, dim)} | {
+            key: torch.zeros(n, width[key], dtype=dtype)
+            for key, dtype in self._family.extras.items()
+        }
+        self._is_init = torch.ones(n, 1, dtype=torch.bool)
+        self._make_specs(self._low.numel())
 
-    def _make_specs(self, observation_dim: int, action_dim: int) -> None:
+    def _make_specs(self, action_dim: int) -> None:
         n = self.batch_size[0]
         device: dict[str, Any] = {"device": self.device}
         flag = {"shape": (n, 1), "dtype": torch.bool, **device}
+        seen = {
+            key: Binary(x.shape[-1], shape=x.shape, dtype=x.dtype, **device)
+            if x.dtype == torch.bool
+            else Unbounded(x.shape, dtype=x.dtype, **device)
+            for key, x in self._seen.items()
+        }
         self.observation_spec = Composite(
-            observation=Unbounded((n, observation_dim), **device),
+            **seen,
             diverged=Binary(1, **flag),
+            is_init=Binary(1, **flag),
             shape=(n,),
             **device,
         )
@@ -147,6 +166,7 @@ class TorchrlEnv(EnvBase):
         inner = ParallelEnv(
             num_envs,
             partial(_create_in_worker, self._family.create),
+            create_env_kwargs=[self._keywords(index) for index in range(num_envs)],
             daemon=True,
             mp_start_method=_start_method(),
             num_threads=torch.get_num_threads(),
@@ -156,11 +176,14 @@ class TorchrlEnv(EnvBase):
         self._workers = list(inner._workers)
         return inner
 
+    def _keywords(self, index: int) -> dict[str, int]:
+        return {"index": index} if self._family.indexed else {}
+
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self._generator.manual_seed(seed)
             with self._faults():
-                self._running().set_seed(seed)
+                self._running().set_seed(seed, static_seed=self._family.indexed)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         mask = None if tensordict is None else tensordict.get("_reset", None)
@@ -168,7 +191,8 @@ class TorchrlEnv(EnvBase):
         mask = torch.ones(*self.batch_size, 1, dtype=torch.bool) if mask is None else mask.cpu()
         with self._faults():
             after = self._running().reset(TensorDict({"_reset": mask}, self.batch_size))
-        self._observation = torch.where(mask, self._concatenate(after), self._observation)
+        self._seen = _choose(mask, self._read_observation(after), self._seen)
+        self._is_init = self._is_init | mask
         self._elapsed = torch.where(mask.view(-1), 0, self._elapsed)
         if everything and self._stagger:
             self._stagger = False
@@ -176,7 +200,7 @@ class TorchrlEnv(EnvBase):
                 self.max_episode_steps, self._elapsed.shape, generator=self._generator
             )
         flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
-        return self._output(self._observation, flag, flag, flag)
+        return self._output(flag, flag, flag)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         action = tensordict["action"].to("cpu", torch.float64).clamp(-1.0, 1.0)
@@ -185,26 +209,23 @@ class TorchrlEnv(EnvBase):
         with self._faults():
             after = self._running().step(TensorDict({"action": action}, self.batch_size))["next"]
         self._elapsed += 1
-        observation = self._concatenate(after)
+        seen = self._read_observation(after)
         reward = after["reward"].view(-1, 1).float()
-        diverged = ~(observation.isfinite().all(-1, keepdim=True) & reward.isfinite())
+        diverged = ~(seen["observation"].isfinite().all(-1, keepdim=True) & reward.isfinite())
         self.num_diverged += int(diverged.sum())
-        observation = torch.where(diverged, self._observation, observation)
+        self._seen = _choose(diverged, self._seen, seen)
+        self._is_init = torch.zeros_like(diverged)
         reward = torch.where(diverged, 0.0, reward)
         terminated = after["terminated"].view(-1, 1) & ~diverged
         out_of_time = (self._elapsed >= self.max_episode_steps).unsqueeze(-1)
         truncated = after["truncated"].view(-1, 1) | out_of_time | diverged
-        self._observation = observation
-        return self._output(observation, diverged, terminated, truncated).set(
-            "reward", reward.to(self.device)
-        )
+        return self._output(diverged, terminated, truncated).set("reward", reward.to(self.device))
 
-    def _output(
-        self, observation: Tensor, diverged: Tensor, terminated: Tensor, truncated: Tensor
-    ) -> TensorDict:
+    def _output(self, diverged: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
         return TensorDict(
             {
-                "observation": observation,
+                **self._seen,
+                "is_init": self._is_init,
                 "diverged": diverged.clone(),
                 "terminated": terminated.clone(),
                 "truncated": truncated.clone(),
@@ -214,8 +235,13 @@ class TorchrlEnv(EnvBase):
             device=self.device,
         )
 
-    def _concatenate(self, after: TensorDictBase) -> Tensor:
-        return torch.cat([after[key].flatten(1).float() for key in self._keys], -1)
+    def _read_observation(self, after: TensorDictBase) -> dict[str, Tensor]:
+        """Copy what is passed on out of the buffers of workers."""
+        vector = torch.cat([after[key].flatten(1).float() for key in self._keys], -1)
+        extras = self._family.extras.items()
+        return {"observation": vector} | {
+            key: after[key].flatten(1).to(dtype, copy=True) for key, dtype in extras
+        }
 
     def _running(self) -> EnvBase:
         if self._inner is None:
@@ -306,11 +332,18 @@ class TorchrlEnv(EnvBase):
         super().close(raise_if_closed=raise_if_closed)
 
 
-def _create_in_worker(create: Callable[[], EnvBase]) -> EnvBase:
+def _choose(
+    mask: Tensor, where: Mapping[str, Tensor], elsewhere: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Take the rows of ``mask`` ``[N, 1]`` from one, the others from the other."""
+    return {key: torch.where(mask, x, elsewhere[key]) for key, x in where.items()}
+
+
+def _create_in_worker(create: Callable[..., EnvBase], **keywords: int) -> EnvBase:
     """Make an environment where Ctrl-C, which reaches every process, is the main one's to heed."""
     if multiprocessing.parent_process() is not None:  # torchrl calls this in the main process too
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return create()
+    return create(**keywords)
 
 
 def _start_method() -> str:
@@ -339,11 +372,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _check_spaces(name: str, probe: EnvBase, keys: Sequence[str]) -> None:
+def _check_spaces(name: str, probe: EnvBase, keys: Sequence[str], extras: Collection[str]) -> None:
     """Refuse what is not a vector in, and a vector within finite bounds out."""
     spec = probe.observation_spec
     present = list(spec.keys(True, True))
-    if sorted(present, key=str) != sorted(keys):
+    if sorted(present, key=str) != sorted([*keys, *extras]):
         raise ConfigError(
             f"environment {name} observes {present}: only one vector is supported; wrap it in "
             "gymnasium.wrappers.FlattenObservation and register that"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
+from genpol.data.dataset import OfflineDataset
+from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
 
 
@@ -24,6 +27,7 @@ class Specs:
         action_dim: Width of the action.
         num_envs: Environments that are stepped together.
         num_rewards: Terms of the reward.
+        goal_dim: Width of the goal that comes with every observation; 0 for none.
         group_size: Neighbouring environments that set out from one state together; 1 for none.
         group_steps: Actions after which they do so again.
         action_repeat: Environment steps for which each action is held. Budgets and schedules in
@@ -35,14 +39,17 @@ class Specs:
     num_envs: int
     action_repeat: int = 1
     num_rewards: int = 1
+    goal_dim: int = 0
     group_size: int = 1
     group_steps: int = 0
 
     @classmethod
     def from_env(cls, env: EnvBase, *, num_envs: int) -> Specs:
         """Read the sizes from one environment of which ``num_envs`` will be stepped."""
+        goal = env.observation_spec.get("goal", None)
         return cls(
             observation_dim=env.observation_spec["observation"].shape[-1],
+            goal_dim=0 if goal is None else goal.shape[-1],
             action_dim=env.action_spec.shape[-1],
             num_envs=num_envs,
             action_repeat=env.action_repeat,
@@ -65,6 +72,25 @@ class Specs:
             )
 
 
+class StatefulPolicy(TensorDictModuleBase, ABC):
+    """A policy that remembers something from step to step, or draws noise where it is evaluated.
+
+    Evaluations start it anew and give back to training what it was in the midst of.
+    """
+
+    @abstractmethod
+    def start(self, seed: int) -> None:
+        """Forget everything and draw from this seed on."""
+
+    @abstractmethod
+    def acting_state(self) -> dict[str, Any]:
+        """Return what it remembers."""
+
+    @abstractmethod
+    def load_acting_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`acting_state` returned."""
+
+
 class Agent(nn.Module, ABC):
     """One algorithm: a policy that acts and an update that learns.
 
@@ -79,6 +105,7 @@ class Agent(nn.Module, ABC):
         frames_per_batch: Actions, over all environments, between two updates.
         generator: The source of every random number the agent draws, on its own device.
         gradient_steps: Optimiser steps taken so far.
+        specs: What it was made for.
     """
 
     policy: TensorDictModuleBase
@@ -86,6 +113,7 @@ class Agent(nn.Module, ABC):
     frames_per_batch: int
     generator: torch.Generator
     gradient_steps: int
+    specs: Specs
 
     @abstractmethod
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
@@ -118,6 +146,32 @@ class ReplayAgent(Agent):
     source = "replay"
     batch_size: int
     replay_capacity: int
+
+    @abstractmethod
+    def observe(self, rollout: TensorDict) -> int:
+        """Take note of a rollout ``[num_envs, time]`` and return how many updates are due."""
+
+
+class DatasetAgent(Agent):
+    """An agent that learns from a data set, and then perhaps from what it collects besides.
+
+    The loop draws windows of data and calls :meth:`~Agent.update` with each batch. If environment
+    steps follow, it shows every rollout to :meth:`observe` and draws windows from both together.
+
+    Attributes:
+        window: What a batch is made of.
+        batch_size: Windows per update.
+        replay_capacity: Collected transitions that are held beside the data.
+    """
+
+    source = "dataset"
+    window: WindowSpec
+    batch_size: int
+    replay_capacity: int
+
+    @abstractmethod
+    def prepare(self, dataset: OfflineDataset) -> None:
+        """Take what is needed from the data as a whole, once before the first update."""
 
     @abstractmethod
     def observe(self, rollout: TensorDict) -> int:

@@ -37,7 +37,7 @@ class ToyEnv(EnvBase):
     """A point ``x`` that an action moves; the reward is a function of where it comes to lie.
 
     With ``episode_steps=1`` it is a bandit over actions, since ``x`` starts at 0 and moves by the
-    action itself.
+    action itself. With a ``goal`` it tells where that is, and whether the point is there.
     """
 
     batch_locked = True
@@ -45,17 +45,26 @@ class ToyEnv(EnvBase):
     action_repeat = 1
     control_period_s = 0.05
 
-    def __init__(self, reward, *, num_envs, seed, episode_steps=1, step_size=1.0, action_dim=1):
+    def __init__(
+        self, reward, *, num_envs, seed, episode_steps=1, step_size=1.0, action_dim=1, goal=None
+    ):
         super().__init__(device="cpu", batch_size=torch.Size([num_envs]))
         self._reward = reward
         self._step_size = step_size
+        self._goal = goal
         self.max_episode_steps = episode_steps
         self.generator = torch.Generator()
         n = num_envs
         flag = {"shape": (n, 1), "dtype": torch.bool}
         self.observation_spec = Composite(
-            observation=Unbounded((n, action_dim)), diverged=Binary(1, **flag), shape=(n,)
+            observation=Unbounded((n, action_dim)),
+            diverged=Binary(1, **flag),
+            is_init=Binary(1, **flag),
+            shape=(n,),
         )
+        if goal is not None:
+            self.observation_spec["goal"] = Unbounded((n, action_dim))
+            self.observation_spec["success"] = Binary(1, **flag)
         self.action_spec = Bounded(-1.0, 1.0, (n, action_dim))
         self.reward_spec = Unbounded((n, 1))
         self.full_done_spec = Composite(
@@ -89,7 +98,8 @@ class ToyEnv(EnvBase):
         no = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
         return TensorDict(
             {
-                "observation": self.x.clone(),
+                **self._seen(),
+                "is_init": (self.clock == 0)[:, None],
                 "diverged": no,
                 "done": no.clone(),
                 "terminated": no.clone(),
@@ -105,7 +115,8 @@ class ToyEnv(EnvBase):
         no = torch.zeros_like(done)
         return TensorDict(
             {
-                "observation": self.x.clone(),
+                **self._seen(),
+                "is_init": no,
                 "reward": self._reward(self.x),
                 "diverged": no,
                 "done": done,
@@ -114,6 +125,13 @@ class ToyEnv(EnvBase):
             },
             self.batch_size,
         )
+
+    def _seen(self):
+        seen = {"observation": self.x.clone()}
+        if self._goal is not None:
+            seen["goal"] = torch.full_like(self.x, self._goal)
+            seen["success"] = ((self.x - self._goal).abs() < 0.1).all(-1, keepdim=True)
+        return seen
 
     def state_dict_of_simulation(self):
         return {
@@ -140,6 +158,23 @@ def bandit():
 
     def make(reward, *, num_envs=64, seed=0, training=False):
         return ToyEnv(reward, num_envs=num_envs, seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def point_mass_to_goal():
+    """Return a maker of point masses that tell their goal, which is 0.5."""
+
+    def make(*, num_envs=16, seed=0, training=False):
+        return ToyEnv(
+            negative_distance,
+            num_envs=num_envs,
+            seed=seed,
+            episode_steps=10,
+            step_size=0.3,
+            goal=0.5,
+        )
 
     return make
 

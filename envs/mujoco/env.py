@@ -122,6 +122,7 @@ class MujocoEnv(EnvBase):
         self._leaders = self._all - self._all % group_size
         self._over = torch.ones(num_envs, dtype=torch.bool)
         self._elapsed = torch.zeros(num_envs, dtype=torch.int64)
+        self._is_init = torch.ones(num_envs, 1, dtype=torch.bool)
         self.set_seed(seed)
         self._start(self._all)
         self._observation = self._observe()
@@ -139,6 +140,7 @@ class MujocoEnv(EnvBase):
         self.observation_spec = Composite(
             observation=Unbounded((n, dim), **device),
             diverged=Binary(1, **flag),
+            is_init=Binary(1, **flag),
             shape=(n,),
             **device,
         )
@@ -165,6 +167,7 @@ class MujocoEnv(EnvBase):
             ids = mask.view(-1).nonzero().view(-1)
             self._start(ids)
             self._elapsed[ids] = 0
+            self._is_init = self._is_init | mask.view(-1, 1)
             # Rows of simulations that run on are recomputed from unchanged fields, unless they
             # diverged in a step whose reset was refused; keep those as they were.
             self._observation = torch.where(mask.view(-1, 1), self._observe(), self._observation)
@@ -173,6 +176,7 @@ class MujocoEnv(EnvBase):
             {
                 "observation": self._observation,
                 "diverged": flag,
+                "is_init": self._is_init,
                 "done": flag.clone(),
                 "terminated": flag.clone(),
                 "truncated": flag.clone(),
@@ -185,6 +189,7 @@ class MujocoEnv(EnvBase):
         if self._restored:  # load_simulation() has put everything in place
             self._restored = False
             return
+        self._is_init = torch.ones_like(self._is_init)
         # At the end of a group's steps, or before its first: not where all episodes end between.
         regroup = self.group_size > 1 and self._until_regroup in (0, self.group_steps)
         starting = self._all
@@ -240,6 +245,7 @@ class MujocoEnv(EnvBase):
             terminated &= ~diverged
         truncated = self._timed_out() | diverged
         self._observation = observation
+        self._is_init = torch.zeros_like(self._is_init)
         if self.group_size > 1:
             self._over = terminated | truncated
             self._until_regroup -= 1
@@ -249,6 +255,7 @@ class MujocoEnv(EnvBase):
                 "observation": observation,
                 "reward": reward,
                 "diverged": diverged.unsqueeze(-1),
+                "is_init": self._is_init,
                 "terminated": terminated.unsqueeze(-1),
                 "truncated": truncated.unsqueeze(-1),
                 "done": (terminated | truncated).unsqueeze(-1),
@@ -284,6 +291,7 @@ class MujocoEnv(EnvBase):
         return state | {
             "observation": self._observation.clone(),
             "elapsed": self._elapsed.clone(),
+            "is_init": self._is_init.clone(),
             "until_regroup": torch.tensor(self._until_regroup),
             "generator": self.generator.get_state(),
             "num_diverged": torch.tensor(self.num_diverged),
@@ -299,6 +307,8 @@ class MujocoEnv(EnvBase):
             x.copy_(state[f"memory.{name}"])
         self._observation = state["observation"].clone()
         self._elapsed.copy_(state["elapsed"])
+        # Checkpoints of before the key was kept: an episode that has just begun has no steps yet.
+        self._is_init = state.get("is_init", (state["elapsed"] == 0).unsqueeze(-1)).clone()
         self._until_regroup = int(state["until_regroup"])
         self.generator.set_state(state["generator"])
         self.num_diverged = int(state["num_diverged"])

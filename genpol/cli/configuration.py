@@ -29,12 +29,15 @@ from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, StringNode
 
 from genpol.cli.list import GROUPS, config_folder, names
 from genpol.errors import ConfigError, nearest
-from genpol.training.settings import DEFAULT_NUM_ENVS, Choices, TrainSettings
+from genpol.training.settings import Choices, TrainSettings
 
 _NOUNS = {"agent": "agent", "env": "environment", "recipe": "recipe"}
 _LISTS = {group: plural for plural, group in GROUPS.items()}
 # Settings that make an environment another one.
-_IDENTITY = ("env.name", "env.id", "env.domain", "env.task")
+_IDENTITY = (
+    *("env.name", "env.id", "env.domain", "env.task"),
+    *("env.goal_conditioned", "env.success_timing"),
+)
 _OPTIONAL_GROUPS = ("recipe",)
 _NONE = ("none", "null", "None", "")
 _EXPECTED = {
@@ -62,13 +65,26 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     chosen = {item.key_or_group: _option(item) for item in parsed if item.key_or_group in _NOUNS}
     register_schemas()
     config = _compose_groups(chosen)
-    few = getattr(OmegaConf.get_type(config.env), "default_num_envs", None)
-    if few is not None and config.num_envs == DEFAULT_NUM_ENVS:  # no recipe says otherwise
-        config.num_envs = few
+    _apply_run_defaults(config)
     for item in parsed:
         if item.key_or_group not in _NOUNS:
             _assign(config, item.key_or_group, item.value())
     return config
+
+
+def _apply_run_defaults(config: DictConfig) -> None:
+    """Put in the run's settings that suit agent and environment, where no recipe says otherwise.
+
+    Families of environments have ``default_num_envs``, settings of agents ``run_defaults``.
+    """
+    plain = OmegaConf.structured(TrainSettings)
+    suited = dict(getattr(OmegaConf.get_type(config.agent), "run_defaults", {}))
+    few = getattr(OmegaConf.get_type(config.env), "default_num_envs", None)
+    if few is not None:
+        suited["num_envs"] = few
+    for key, value in suited.items():
+        if OmegaConf.select(config, key) == OmegaConf.select(plain, key):
+            OmegaConf.update(config, key, value)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:

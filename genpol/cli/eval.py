@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genpol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from genpol.training.evaluation import Evaluation
 
 SUMMARY = "evaluate a trained policy"
 USAGE = """
@@ -17,6 +21,13 @@ usage: genpol eval <run folder or checkpoint> [episodes=100] [seed=20000]
 Loads the last checkpoint of a run (or the one named) and runs complete episodes from start states
 that neither training nor its evaluations used. Prints mean, 95 % interval, spread and value at
 risk of the return. Other overrides change the run's own settings, such as env.num_threads=1.
+
+Policies that are flows or diffusion models can be guided without training anew:
+  guidance.weight=0.04        follow the critic's gradient; several weights, 0,0.02,0.04, are tried
+                              on other episodes, and the best one is evaluated
+  guidance.best_of=4          of so many samples take the critic's favourite
+  guidance.estimator=denoised where the gradient is taken (see genpol.policies.guidance)
+  guidance.critic=<run>       ask another run's critic, for a cloned policy that has none
 
 examples:
   genpol eval runs/HopperStand/gorl/20261122-101500-s0
@@ -32,44 +43,79 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("no run given; write: genpol eval <run folder>")
     path = Path(arguments[0])
     options: dict[str, Any] = dict(_OWN)
+    guided: dict[str, str] = {}
     overrides: list[str] = []
     for text in arguments[1:]:
         key, separator, value = text.partition("=")
         if separator and key in _OWN:
             options[key] = _parse(key, value)
+        elif separator and key.startswith("guidance."):
+            guided[key.removeprefix("guidance.")] = value
         else:
             overrides.append(text)
 
-    import torch
-
-    from genpol.cli import configuration
-    from genpol.cli.train import build, record_video
+    from genpol.cli import guidance
+    from genpol.cli.runs import load_run
+    from genpol.cli.train import record_video
     from genpol.seeding import derive
-    from genpol.training import checkpoint
     from genpol.training.evaluation import evaluate
-    from genpol.training.loop import load_weights
 
-    found = checkpoint.resolve(path)
-    config = checkpoint.run_folder(found) / "config.yaml"
-    settings = configuration.to_settings(configuration.load(config, overrides))
-    agent, make_env = build(settings)
-    load_weights(agent, checkpoint.load(found)["weights"], found)
+    request = guidance.parse(guided)
+    trained = load_run(path, overrides)
+    agent, make_env = trained.agent, trained.make_env
+    critic = None
+    if request is not None and request.critic is not None:
+        critic = load_run(request.critic).agent
     episodes, seed = options["episodes"], options["seed"]
-    seed = derive(seed, "test")
-    agent.generator.manual_seed(seed)
-    env = make_env(num_envs=min(episodes, settings.num_envs), seed=seed)
-    try:
-        result = evaluate(
+    env = make_env(num_envs=min(episodes, trained.settings.num_envs), seed=derive(seed, "test"))
+
+    def run_episodes(role: str) -> Evaluation:
+        seed_of_role = derive(seed, role)
+        agent.generator.manual_seed(seed_of_role)
+        return evaluate(
             agent.policy,
             env,
             episodes=episodes,
-            seed=seed,
+            seed=seed_of_role,
             deterministic=not options["stochastic"],
         )
+
+    def run_with(weight: float | None) -> Evaluation:
+        assert request is not None
+        guidance.guide(agent, request, weight, critic)
+        return run_episodes("choice of weight")
+
+    chosen: dict[str, Any] = {}
+    try:
+        if request is not None:
+            weight, tried = guidance.choose(request, run_with)
+            used = guidance.guide(agent, request, weight, critic)
+            chosen = {"guidance_tried": tried} if tried else {}
+            chosen |= {f"guidance_{k}": v for k, v in asdict(used).items()}
+        result = run_episodes("test")
     finally:
         env.close()
+    _print(
+        {"checkpoint": str(trained.checkpoint), **chosen, **_statistics(result)},
+        as_json=options["json"],
+    )
+    if options["video"]:  # last, so that the numbers are out if it cannot be written
+        record_video(agent, make_env, Path(options["video"]), derive(seed, "test"))
+    return 0
+
+
+def _statistics(result: Evaluation) -> dict[str, Any]:
+    """Return the summary of an evaluation, with 95 % intervals and values at risk."""
+    import torch
+
+    summary: dict[str, Any] = result.summary()
     returns = result.returns.double()
-    summary: dict[str, Any] = {"checkpoint": str(found), **result.summary()}
+    if len(result.successes) > 0:
+        from scipy.stats import binomtest
+
+        solved = binomtest(int(result.successes.sum()), len(result.successes))
+        interval = solved.proportion_ci(method="wilson")
+        summary |= {"success_low": float(interval.low), "success_high": float(interval.high)}
     if len(returns) > 1:
         half = 1.96 * float(returns.std()) / len(returns) ** 0.5
         summary |= {
@@ -80,10 +126,7 @@ def run(arguments: list[str]) -> int:
             worst = torch.sort(returns).values[: max(1, round(share * len(returns)))]
             summary[f"value_at_risk_{share:.0%}"] = float(worst[-1])
             summary[f"conditional_value_at_risk_{share:.0%}"] = float(worst.mean())
-    _print(summary, as_json=options["json"])
-    if options["video"]:  # last, so that the numbers are out if it cannot be written
-        record_video(agent, make_env, Path(options["video"]), seed)
-    return 0
+    return summary
 
 
 def _parse(key: str, value: str) -> Any:
@@ -112,8 +155,15 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
     from rich.table import Table
 
     sys.stdout.write(f"{summary.pop('checkpoint')}\n")
+    for row in summary.pop("guidance_tried", ()):
+        tried = row.get("success_mean", row["return_mean"])
+        sys.stdout.write(f"weight {row['weight']:g}: {tried:.4g} over {row['episodes']} episodes\n")
     table = Table(show_header=False)
     for name, value in summary.items():
-        shown = f"{value:.1f}" if isinstance(value, float) else str(value)
+        shown = f"{value:.{_decimals(name)}f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     Console().print(table)
+
+
+def _decimals(name: str) -> int:
+    return 3 if name.startswith(("success", "guidance")) else 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from genpol.errors import ConfigError, nearest
@@ -13,13 +15,21 @@ SUMMARY = "list agents, environments, recipes or experiments"
 USAGE = """
 usage: genpol list agents|envs|recipes|experiments
 
-Prints each name with one line on what it is. In a pipe the two are separated by a tab.
+Prints each name with one line on what it is, environments by simulator. In a pipe the two are
+separated by a tab, and all names sorted.
 
 examples:
   genpol list envs
   genpol list envs | grep -i walker
   genpol list recipes | cut -f1
 """
+
+_SIMULATORS = {
+    "mujoco": "native",
+    "ogbench": "OGBench",
+    "gym": "others",
+    "dm_control": "others",
+}
 
 GROUPS = {"agents": "agent", "envs": "env", "recipes": "recipe", "experiments": "experiment"}
 
@@ -40,7 +50,7 @@ def run(arguments: list[str]) -> int:
     group = GROUPS[arguments[0]]
     rows = {name: describe(group, name) for name in names(group)}
     if sys.stdout.isatty():
-        _print_table(arguments[0], rows)
+        _print_table(arguments[0], _by_simulator(rows) if group == "env" else {"": rows})
     else:
         sys.stdout.writelines(f"{name}\t{text}\n" for name, text in rows.items())
     return 0
@@ -81,6 +91,17 @@ def _first_comment(file: Path) -> str:
     return ""
 
 
+def _by_simulator(rows: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Divide environments by the simulator that their files name as ``<simulator>_schema``."""
+    sections: dict[str, dict[str, str]] = {title: {} for title in _SIMULATORS.values()}
+    for name, text in rows.items():
+        content = (config_folder() / "env" / f"{name}.yaml").read_text(encoding="utf-8")
+        schema = re.search(r"(\w+)_schema", content)
+        title = _SIMULATORS.get(schema[1] if schema else "", "others")
+        sections[title][name] = text
+    return sections
+
+
 def _package_folder(package: str) -> Path:
     # find_spec locates a package without running it, also where an editable install maps it.
     spec = importlib.util.find_spec(package)
@@ -89,13 +110,16 @@ def _package_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _print_table(title: str, rows: dict[str, str]) -> None:
+def _print_table(title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
     from rich.console import Console  # here: `genpol --help` reads SUMMARY and must stay fast
     from rich.table import Table
 
     table = Table(title=f"genpol {title}", title_justify="left", box=None, pad_edge=False)
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("what it is")
-    for name, text in rows.items():
-        table.add_row(name, text)
+    for heading, rows in sections.items():
+        if heading and rows:
+            table.add_row(f"\n[dim]{heading}[/dim]", "")
+        for name, text in rows.items():
+            table.add_row(name, text)
     Console().print(table)

@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "genpol.cli.bench",
     "reproduce": "genpol.cli.reproduce",
     "report": "genpol.cli.report",
+    "data": "genpol.cli.data",
     "info": "genpol.cli.info",
     "list": "genpol.cli.list",
 }

@@ -8,17 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from genpol.errors import ConfigError, GenpolError
+from genpol.errors import ConfigError, DatasetError, GenpolError
 
 if TYPE_CHECKING:
     from genpol.agent import Agent
+    from genpol.data.dataset import OfflineDataset
     from genpol.training.loop import EnvFactory, Training
     from genpol.training.run import Run
     from genpol.training.settings import TrainSettings
 
 SUMMARY = "train a policy, or resume a run"
 USAGE = """
-usage: genpol train env=<name> [agent=<name>] [key=value ...]
+usage: genpol train env=<name> [agent=<name>] [data=<data set>] [key=value ...]
        genpol train resume=<run folder> [total_steps=<more>]
 
 Trains an agent (gorl by default) and leaves a run folder
@@ -26,9 +27,14 @@ runs/<env>/<agent>/<time>-s<seed>/ with config.yaml, metrics.csv, evals.csv, che
 TensorBoard events, learning_curve.png and videos/final.mp4. With init=<run folder> the weights
 are those of a trained run; everything else starts afresh.
 
+Agents that learn from data (bc, iql, fql, qc, dqc, qgf) need data=<data set>, in any format that
+`genpol data` reads. total_steps are then updates, after which online_steps=<n> goes on in the
+environment.
+
 examples:
   genpol train env=HopperStand
   genpol train env=WalkerWalk agent=ppo seed=1 total_steps=5e6
+  genpol train env=cube-single-play env.task=1 agent=fql data=cube-single-play-v0.npz
   genpol train env=gym env.id=Pendulum-v1 num_envs=4 agent=ppo
   genpol train resume=runs/HopperStand/gorl/20261122-101500-s0
 
@@ -61,6 +67,7 @@ def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> in
     from genpol.training.run import Run
 
     agent, make_env = build(settings)
+    dataset = open_data(settings, agent)
     if settings.init is not None:
         found = checkpoint.resolve(Path(settings.init))
         load_weights(agent, checkpoint.load(found)["weights"], found)
@@ -75,7 +82,7 @@ def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> in
         wandb_project="genpol" if settings.wandb else None,
     )
     try:
-        training = Training(agent, make_env, settings, run)
+        training = Training(agent, make_env, settings, run, dataset)
     except BaseException:
         run.finish("failed")
         raise
@@ -95,12 +102,13 @@ def _resume(path: Path, overrides: list[str]) -> int:
     config = configuration.load(folder / "config.yaml", overrides)
     settings = configuration.to_settings(config)
     agent, make_env = build(settings)
+    dataset = open_data(settings, agent)
     run = Run.open(
         folder,
         tensorboard=settings.tensorboard,
         wandb_project="genpol" if settings.wandb else None,
     )
-    training = Training(agent, make_env, settings, run)
+    training = Training(agent, make_env, settings, run, dataset)
     training.resume(found)  # refuses what does not fit before anything is written
     run.resume(
         ["genpol", "train", f"resume={path}", *overrides],
@@ -134,6 +142,42 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
         seed=derive(settings.seed, "agent"),
     )
     return agent, make_env
+
+
+def open_data(settings: TrainSettings, agent: Agent) -> OfflineDataset | None:
+    """Open what the agent learns from, as the environment's task sees it.
+
+    Raises:
+        ConfigError: If agent and settings do not go together.
+        DatasetError: If the data are damaged or belong to another environment.
+    """
+    from genpol.agent import DatasetAgent
+
+    name = settings.choices.agent
+    if not isinstance(agent, DatasetAgent):
+        for key, value in (("data", settings.data), ("online_steps", settings.online_steps)):
+            if value:
+                raise ConfigError(f"{key} = {value!r}: agent={name} does not learn from data sets")
+        return None
+    if settings.data is None:
+        raise ConfigError(
+            f"agent={name} learns from data: add data=<data set>; `genpol data --help` says how to "
+            "make one"
+        )
+    from genpol.data.formats import open_dataset
+    from genpol.envs import relabel
+
+    dataset = relabel(open_dataset(Path(settings.data).expanduser()), settings.env)
+    for what, found, wanted in (
+        ("observations", dataset.observation_dim, agent.specs.observation_dim),
+        ("actions", dataset.action_dim, agent.specs.action_dim),
+    ):
+        if found != wanted:
+            raise DatasetError(
+                f"{settings.data}: has {what} of width {found}, the environment has {wanted}; take "
+                "the environment that the data come from"
+            )
+    return dataset
 
 
 def _check_device(device: str) -> None:

@@ -117,12 +117,9 @@ class SequenceReplay:
         valid = (ended == 0) & ~diverged
         last = (valid.sum(1) - 1).clamp_min(0)
         at_end = window[torch.arange(len(index)), last], env
-        earned = discounted(
-            rows("next_reward").squeeze(-1),
-            rows("next_terminated").squeeze(-1),
-            valid,
-            self.spec.gamma,
-        )
+        reward, terminated = rows("next_reward").squeeze(-1), rows("next_terminated").squeeze(-1)
+        wanted = self.spec.rewards
+        earned = discounted(reward, terminated, valid, self.spec.gamma) if wanted else {}
         fields = {
             "observation": self._rows["observation"][window[:, 0], env],
             "action": rows("action"),

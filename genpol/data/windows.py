@@ -33,12 +33,14 @@ class WindowSpec:
             marked (QC, QGF). ``whole``: it begins only where more than H transitions of the
             trajectory are left (DQC, which leaves the last state out).
         goals: Draw a goal for each window, whose reward then takes the place of the data's.
+        rewards: Whether rewards and discounts are wanted; imitation does without.
     """
 
     steps: int = 1
     gamma: float = 0.99
     edges: Edges = "mask"
     goals: GoalSettings | None = None
+    rewards: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
@@ -82,7 +84,7 @@ class WindowSampler:
     def __init__(self, dataset: OfflineDataset, spec: WindowSpec, *, seed: int) -> None:
         self.spec = spec
         self._generator = torch.Generator().manual_seed(seed)
-        needed = ("goal",) if spec.goals is not None else ("reward", "terminated")
+        needed = ("goal",) if spec.goals is not None else ("reward", "terminated") * spec.rewards
         for name in needed:
             if name not in dataset.columns:
                 raise DatasetError(
@@ -116,7 +118,9 @@ class WindowSampler:
         window = rows[:, None] + torch.arange(spec.steps)
         valid = window < last[:, None]
         window = torch.minimum(window, last[:, None] - 1)
-        if spec.goals is None:
+        if spec.goals is None and not spec.rewards:
+            earned, following = {}, rows + valid.sum(1)
+        elif spec.goals is None:
             reward, terminated = (columns[name][window] for name in ("reward", "terminated"))
             earned = discounted(reward, terminated, valid, spec.gamma)
             following = rows + valid.sum(1)

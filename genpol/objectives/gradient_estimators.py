@@ -164,7 +164,7 @@ class _MomentumEstimator:
         if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"{type(self).__name__}: the gradient estimate is not finite in iteration "
-                f"{self.iteration}; lower gamma, and look for extreme observations and rewards"
+                f"{self.iteration}; lower the step size, look for extreme observations and rewards"
             )
         steps = self._normalized(momentum, norm)
         self._previous = [parameter.detach().clone() for parameter in self._parameters]
@@ -294,6 +294,19 @@ class HARPG(_MomentumEstimator):
         one_of("normalize", normalize, ("none", "global", "layer"))
         super().__init__(parameters, eta, gamma, normalize)
 
+    @contextmanager
+    def between(self, fraction: float | Tensor) -> Iterator[None]:
+        """Move the parameters to a point of the last step; put them back, to the bit, at the end.
+
+        For trainers that collect here first, and call :meth:`hessian_correction` later.
+
+        Args:
+            fraction: Of the way from ``theta_{t-1}`` to ``theta_t``.
+        """
+        pairs = zip(self._previous, self._displacement(), strict=True)
+        with _parameters_at(self._parameters, [before + fraction * v for before, v in pairs]):
+            yield
+
     def hessian_correction(
         self, trajectories: Trajectories, fraction: float | Tensor
     ) -> list[Tensor]:
@@ -313,8 +326,7 @@ class HARPG(_MomentumEstimator):
         if self.iteration == 0:
             return [torch.zeros_like(parameter) for parameter in self._previous]
         displacement = self._displacement()
-        pairs = zip(self._previous, displacement, strict=True)
-        with _parameters_at(self._parameters, [before + fraction * v for before, v in pairs]):
+        with self.between(fraction):
             return hessian_vector_product(*trajectories(), self._parameters, displacement)
 
     def step(self, gradients: Sequence[Tensor], correction: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -7,27 +7,24 @@ All losses are means over rows of which each may have a weight. Heads may be squ
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from genpol.settings import one_of, within
 
-Aggregate = Literal["min", "mean"]
 AGGREGATES = ("min", "mean")
 
 _LARGEST_LOGIT = 13.8  # sigmoid is 1 - 1e-6 there
 
 
-def aggregate(values: Tensor, how: Aggregate) -> Tensor:
+def aggregate(values: Tensor, how: str) -> Tensor:
     """Return the least or the mean of an ensemble's values ``[K, ...]``, ``[...]``."""
     one_of("aggregate", how, AGGREGATES)
     return values.min(0).values if how == "min" else values.mean(0)
 
 
-def aggregate_probability(logits: Tensor, how: Aggregate) -> Tensor:
+def aggregate_probability(logits: Tensor, how: str) -> Tensor:
     """Return the logit of the least or mean probability of logits ``[K, ...]``, ``[...]``.
 
     The least is the same as that of the logits; the mean is not, and ranks otherwise: logits (0, 8)

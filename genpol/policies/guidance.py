@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,6 @@ Value = Callable[[Tensor, Tensor], Tensor]
 Gradient = Callable[[Tensor], Tensor]
 """The gradient of a value at flattened actions, of their shape."""
 
-Estimator = Literal["denoised", "jacobian", "noisy", "rollout", "bptt"]
 ESTIMATORS = ("denoised", "jacobian", "noisy", "rollout", "bptt")
 
 
@@ -71,7 +70,10 @@ class GuidanceSettings:
 class Sampler(Protocol):
     """What guidance wraps, and is."""
 
-    action_shape: tuple[int, ...]
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Trailing shape of actions and noise."""
+        ...
 
     def sample(self, observation: Tensor, noise: Tensor) -> Tensor:
         """Return actions of the shape of ``noise``."""
@@ -101,7 +103,7 @@ def guided_sample(
     noise: Tensor,
     *,
     weight: float | Sequence[float],
-    estimator: Estimator = "denoised",
+    estimator: str = "denoised",
     clip: float | None = 1.0,
     clean_clip: float | None = None,
     draws: Sequence[Tensor] | None = None,
@@ -285,14 +287,14 @@ class GuidedPolicy(nn.Module):
         value: Value,
         *,
         weight: float,
-        estimator: Estimator = "denoised",
+        estimator: str = "denoised",
     ) -> None:
         super().__init__()
         check.one_of("guidance.estimator", estimator, ESTIMATORS)
         self.policy = policy
         self.value = value
         self.weight = weight
-        self.estimator: Estimator = estimator
+        self.estimator = estimator
         self.action_shape = policy.action_shape
 
     @torch.no_grad()
@@ -333,7 +335,7 @@ class BestOf(nn.Module):
         super().__init__()
         self.policy = policy
         self.value = value
-        self.action_shape = policy.action_shape
+        self.action_shape: tuple[int, ...] = policy.action_shape
 
     @torch.no_grad()
     def sample(self, observation: Tensor, noise: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ _DPI = 150
 
 
 def learning_curve(evals: pd.DataFrame, path: Path) -> None:
-    """Draw one run: return against environment steps, with the wall clock along the top.
+    """Draw one run: return against steps, with the wall clock along the top.
+
+    Steps are those of the environment; of a run on a data set alone, updates.
 
     The dark band is one standard deviation over the evaluation's episodes, the light one their
     range.
@@ -57,7 +59,9 @@ def learning_curve(evals: pd.DataFrame, path: Path) -> None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        steps, mean, std = evals["env_steps"], evals["return_mean"], evals["return_std"]
+        offline = statistics.on_data(evals)
+        steps = evals["gradient_steps" if offline else "env_steps"]
+        mean, std = evals["return_mean"], evals["return_std"]
         colour = PALETTE[0]
         # A deviation reaches beyond the best episode where returns are skewed; the range does not.
         low = np.maximum(mean - std, evals["return_min"])
@@ -86,7 +90,7 @@ def learning_curve(evals: pd.DataFrame, path: Path) -> None:
             label=f"mean of {episodes} episodes",
         )
         axes.set_ylabel("return per episode")
-        _steps_axis(axes)
+        _steps_axis(axes, "updates" if offline else "environment steps")
         _clock_axis(axes, steps.to_numpy(float), evals["wall_clock_s"].to_numpy(float))
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], loc="best")
@@ -117,6 +121,8 @@ def experiment_curves(
     curves = statistics.curves(results, metric=metric, repetitions=repetitions)
     agents = list(curves["agent"].unique())
     envs = list(curves["env"].unique())
+    offline = statistics.on_data(results[results["metric"] == metric])
+    clock = "updates" if offline else "environment steps"
     columns = 2 if len(envs) == 4 else min(3, len(envs))
     lines = -(-len(envs) // columns)
     with mpl.rc_context(_STYLE):
@@ -124,6 +130,7 @@ def experiment_curves(
         for index, env in enumerate(envs):
             axes = figure.add_subplot(lines, columns, index + 1)
             _panel(axes, curves[curves["env"] == env], agents)
+            _steps_axis(axes, clock)
             axes.set_title(env)
             axes.set_ylabel(_metric_label(metric))
         handles = _handles(figure, agents)
@@ -205,7 +212,6 @@ def _panel(axes: Axes, curves: pd.DataFrame, agents: list[str]) -> None:
             markersize=4,
             label=f"{agent} ({seeds} seed{'s' if seeds != 1 else ''})",
         )
-    _steps_axis(axes)
 
 
 def _handles(figure: Figure, agents: Iterable[str]) -> dict[str, Artist]:
@@ -223,8 +229,8 @@ def _metric_label(metric: str) -> str:
     return f"{names.get(metric, metric)} (IQM)"
 
 
-def _steps_axis(axes: Axes) -> None:
-    axes.set_xlabel("environment steps")
+def _steps_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
 

@@ -254,7 +254,14 @@ def _of_metric(results: pd.DataFrame, metric: str) -> pd.DataFrame:
             f"no rows with metric {metric!r}.{nearest(metric, known)} "
             f"Recorded: {', '.join(known) or 'none'}"
         )
-    return rows
+    # Learning from a data set takes no environment steps: there updates are the clock.
+    offline = on_data(rows)
+    return rows.assign(env_steps=rows["gradient_steps"]) if offline else rows
+
+
+def on_data(rows: pd.DataFrame) -> bool:
+    """Return whether rows are those of runs that never stepped an environment to learn."""
+    return bool((rows["env_steps"] == 0).all() and (rows["gradient_steps"] > 0).any())
 
 
 def _align(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

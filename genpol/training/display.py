@@ -21,6 +21,7 @@ class TerminalReport:
     Args:
         total_steps: Environment steps at which the training ends.
         start_steps: Environment steps at which it starts; more than zero when it resumes.
+        unit: What is counted.
         interval_s: Seconds between two lines when the output is no terminal.
         console: Where to write; standard output if not given.
         clock: Seconds that only grow.
@@ -31,12 +32,14 @@ class TerminalReport:
         total_steps: int,
         *,
         start_steps: int = 0,
+        unit: str = "steps",
         interval_s: float = 30.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_steps
         self._steps = start_steps
+        self._unit = unit
         self._clock = clock
         self._console = console or Console()
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
@@ -104,7 +107,8 @@ class TerminalReport:
     def line(self) -> str:
         """Return the line that is shown: steps, speed, fields, time left."""
         speed = self.steps_per_s
-        parts = [f"{_count(self._steps)}/{_count(self._total)} steps", f"{_count(speed)} steps/s"]
+        parts = [f"{_count(self._steps)}/{_count(self._total)} {self._unit}"]
+        parts += [f"{_count(speed)} {self._unit}/s"]
         parts += [f"{name.replace('_', ' ')} {value}" for name, value in self._fields.items()]
         if speed > 0:
             parts.append(f"{_duration(max(0, self._total - self._steps) / speed)} left")

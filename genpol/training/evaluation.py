@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
+
+from genpol.agent import StatefulPolicy
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,14 @@ class Evaluation:
     Attributes:
         returns: Undiscounted return of each valid episode ``[E]``.
         lengths: Steps of each valid episode ``[E]``.
+        successes: Whether the last step of each solved the task, ``[E]``; empty where the
+            environment does not say.
         diverged: Episodes left out because their physics diverged.
     """
 
     returns: Tensor
     lengths: Tensor
+    successes: Tensor
     diverged: int
 
     def summary(self) -> dict[str, float]:
@@ -38,7 +45,12 @@ class Evaluation:
             "return_max": float("nan") if empty else float(returns.max()),
             "length_mean": float("nan") if empty else float(lengths.mean()),
             "diverged": self.diverged,
+            **({"success_mean": float(self.successes.double().mean())} if self._judged else {}),
         }
+
+    @property
+    def _judged(self) -> bool:
+        return len(self.successes) > 0
 
 
 @torch.no_grad()
@@ -67,19 +79,37 @@ def evaluate(
     num_envs = env.batch_size[0]
     returns: list[Tensor] = []
     lengths: list[Tensor] = []
+    successes: list[Tensor] = []
     diverged = 0
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    with set_exploration_type(kind):
+    with set_exploration_type(kind), _apart(policy, seed):
         for first in range(0, episodes, num_envs):
             # Anew in every round: a policy that falls early has drawn more starts by then.
             env.set_seed(seed + first)
             wanted = torch.arange(num_envs) < episodes - first
-            total, length, bad = _run_round(policy, env, wanted, on_step)
+            total, length, success, bad = _run_round(policy, env, wanted, on_step)
             valid = wanted & ~bad
             diverged += int((wanted & bad).sum())
             returns.append(total[valid])
             lengths.append(length[valid])
-    return Evaluation(torch.cat(returns), torch.cat(lengths), diverged)
+            if success is not None:
+                successes.append(success[valid])
+    judged = torch.cat(successes) if successes else torch.zeros(0, dtype=torch.bool)
+    return Evaluation(torch.cat(returns), torch.cat(lengths), judged, diverged)
+
+
+@contextmanager
+def _apart(policy: TensorDictModuleBase, seed: int) -> Iterator[None]:
+    """Let a policy that remembers begin anew, and give it back what it was in the midst of."""
+    if not isinstance(policy, StatefulPolicy):
+        yield
+        return
+    kept = policy.acting_state()
+    policy.start(seed)
+    try:
+        yield
+    finally:
+        policy.load_acting_state(kept)
 
 
 def _run_round(
@@ -87,12 +117,18 @@ def _run_round(
     env: EnvBase,
     wanted: Tensor,
     on_step: Callable[[], None] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one episode in every environment; return totals, lengths and divergence ``[N]``."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Run one episode in every environment.
+
+    Returns:
+        Totals, lengths, success in the last step (``None`` where it is not told) and divergence,
+        ``[N]`` each.
+    """
     num_envs = len(wanted)
     total = torch.zeros(num_envs, dtype=torch.float64)
     length = torch.zeros(num_envs, dtype=torch.int64)
     bad = torch.zeros(num_envs, dtype=torch.bool)
+    success: Tensor | None = None
     running = wanted.clone()
     tensordict = env.reset()
     while True:
@@ -104,10 +140,86 @@ def _run_round(
         total += torch.where(running, reward, 0.0)
         length += running
         bad |= running & after["diverged"].squeeze(-1).cpu()
+        solved = after.get("success", None)
+        if solved is not None:
+            solved = solved.squeeze(-1).cpu()
+            success = solved if success is None else torch.where(running, solved, success)
         running &= ~after["done"].squeeze(-1).cpu()
         if not running.any():
-            return total, length, bad
+            return total, length, success, bad
         tensordict = env.maybe_reset(env.step_mdp(tensordict))
+
+
+@torch.no_grad()
+def trajectories(
+    policy: TensorDictModuleBase,
+    env: EnvBase,
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run complete episodes and yield each as a trajectory, as data sets hold them.
+
+    Every environment contributes the same number of them (up to a rest), so that short ones are not
+    over-represented. They come in the order in which they end; one whose physics diverged is left
+    out and made up for.
+
+    Args:
+        policy: See :func:`evaluate`.
+        env: See :func:`evaluate`.
+        episodes: Number of episodes.
+        seed: See :func:`evaluate`.
+        deterministic: See :func:`evaluate`.
+
+    Yields:
+        ``observation`` ``[T + 1, d]``, ``action`` ``[T, A]``, ``reward`` and ``terminated``
+        ``[T]``, and ``success`` where the environment tells.
+    """
+    kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    num_envs = env.batch_size[0]
+    begun: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num_envs)]
+    wanted = [episodes // num_envs + (index < episodes % num_envs) for index in range(num_envs)]
+    with set_exploration_type(kind), _apart(policy, seed):
+        env.set_seed(seed)
+        tensordict = env.reset()
+        while any(wanted):
+            tensordict = env.step(policy(tensordict))
+            rows = _arrays(tensordict)
+            done = tensordict["next", "done"].squeeze(-1).tolist()
+            for index, steps in enumerate(begun):
+                steps.append({name: values[index] for name, values in rows.items()})
+                if done[index]:
+                    begun[index] = []
+                    if wanted[index] > 0 and not any(step["diverged"] for step in steps):
+                        wanted[index] -= 1
+                        yield _trajectory(steps)
+            tensordict = env.maybe_reset(env.step_mdp(tensordict))
+
+
+def _arrays(tensordict: TensorDictBase) -> dict[str, np.ndarray]:
+    """Return one step of all environments, ``[num_envs, ...]`` each."""
+    after = tensordict["next"]
+    rows = {
+        "observation": tensordict["observation"],
+        "action": tensordict["action"].clamp(-1.0, 1.0),
+        "reward": after["reward"].sum(-1),
+        "terminated": after["terminated"].squeeze(-1),
+        "diverged": after["diverged"].squeeze(-1),
+        "following": after["observation"],
+    }
+    success = after.get("success", None)
+    if success is not None:
+        rows["success"] = success.squeeze(-1)
+    return {name: x.cpu().numpy().copy() for name, x in rows.items()}
+
+
+def _trajectory(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    names = [name for name in steps[0] if name not in ("following", "diverged")]
+    columns = {name: np.stack([step[name] for step in steps]) for name in names}
+    last = steps[-1]["following"][None]
+    columns["observation"] = np.concatenate([columns["observation"], last])
+    return columns
 
 
 def record(

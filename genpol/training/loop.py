@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,12 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from genpol.agent import Agent, ReplayAgent
+from genpol.agent import Agent, DatasetAgent, ReplayAgent
+from genpol.data.dataset import OfflineDataset
 from genpol.data.episodes import EpisodeTracker
 from genpol.data.replay import Replay
+from genpol.data.sequences import SequenceReplay
+from genpol.data.windows import WindowSampler
 from genpol.errors import CheckpointError, NonFiniteError
 from genpol.seeding import derive
 from genpol.training import checkpoint
@@ -35,12 +39,19 @@ class EnvFactory(Protocol):
         ...
 
 
+# Updates on a data set whose metrics make one row, and after which signals are heeded.
+_UPDATES_PER_ROW = 100
+
+
 class _CutShort(Exception):  # noqa: N818 - a stop, not an error
     """An evaluation is given up because a signal asks the run to stop."""
 
 
 class Training:
     """One run of the loop, from a start or from a checkpoint to its end.
+
+    The clock of a run, by which it evaluates, saves and stops, counts environment steps; of a run
+    on a data set, updates on it, and then environment steps.
 
     Attributes:
         env_steps: Environment steps so far, over all environments.
@@ -52,29 +63,52 @@ class Training:
         make_env: Makes the environments of training and evaluation.
         settings: When to evaluate, save and stop.
         run: Where everything is written.
+        dataset: What a :class:`~genpol.agent.DatasetAgent` learns from.
     """
 
     def __init__(
-        self, agent: Agent, make_env: EnvFactory, settings: TrainSettings, run: Run
+        self,
+        agent: Agent,
+        make_env: EnvFactory,
+        settings: TrainSettings,
+        run: Run,
+        dataset: OfflineDataset | None = None,
     ) -> None:
         self.agent = agent
         self.settings = settings
         self.run = run
         self.env_steps = 0
         self.interrupted: str | None = None
-        self._env = make_env(
-            num_envs=settings.num_envs, seed=derive(settings.seed, "training"), training=True
-        )
+        self._offline_updates = 0
+        self._dataset = dataset
+        self._windows = _make_windows(agent, settings, dataset)
         self._evaluation_seed = derive(settings.evaluation.seed, "evaluation")
         self._evaluation_env = make_env(
             num_envs=min(settings.evaluation.episodes, settings.num_envs),
             seed=self._evaluation_seed,
         )
-        self._replay = _make_replay(agent, settings)
+        self._env = self._evaluation_env  # where nothing is collected
+        if self._windows is None or settings.online_steps > 0:
+            self._env = make_env(
+                num_envs=settings.num_envs, seed=derive(settings.seed, "training"), training=True
+            )
+        self._replay = _make_replay(agent, settings, self._windows)
         self._reward_terms: tuple[str, ...] = getattr(self._env, "reward_terms", ())
         self._episodes = EpisodeTracker(settings.num_envs, max(1, len(self._reward_terms)))
         self._evaluated_at = self._saved_at = -1
+        self._evaluated = (-1, -1)
         self._started = time.monotonic()
+
+    @property
+    def steps(self) -> int:
+        """The run's clock."""
+        return self._offline_updates + self.env_steps
+
+    @property
+    def _end(self) -> int:
+        """What the clock shows at the end."""
+        offline = self._windows is not None
+        return self.settings.total_steps + (self.settings.online_steps if offline else 0)
 
     @property
     def wall_clock_s(self) -> float:
@@ -83,11 +117,18 @@ class Training:
 
     def start(self) -> None:
         """Train from where it stands until the last step, a signal, or a failure."""
-        report = TerminalReport(self.settings.total_steps, start_steps=self.env_steps)
+        report = TerminalReport(self._end, start_steps=self.steps)
         with SignalWatch() as signals, report:
             # The evaluation before training, or one that a signal cut short before a resumption.
             if self._evaluation_due() and self._pause(signals, report):
                 return
+            if self._dataset is not None and self.steps == 0:
+                assert isinstance(self.agent, DatasetAgent)
+                self.agent.prepare(self._dataset)
+            while self._offline_updates < self._offline_end:
+                self._update_offline(report)
+                if self._pause(signals, report):
+                    return
             for batch in self._batches():
                 self._update(batch, report)
                 if self._pause(signals, report):
@@ -95,7 +136,7 @@ class Training:
 
     def _pause(self, signals: SignalWatch, report: TerminalReport) -> bool:
         """Evaluate and save if it is time to, and return whether a signal stops the run here."""
-        last = self.env_steps >= self.settings.total_steps
+        last = self.steps >= self._end
         if self._evaluation_due():
             self._evaluate(signals, report)
         finished = last and not self._evaluation_due()
@@ -110,13 +151,13 @@ class Training:
 
     def _batches(self) -> Iterator[TensorDict]:
         """Yield rollouts ``[num_envs, time]`` until the budget of steps is spent."""
-        if self.env_steps >= self.settings.total_steps:
+        if self.steps >= self._end:
             return
         collector = self._make_collector()
         try:
             for batch in collector:
                 yield batch
-                if self.env_steps >= self.settings.total_steps:
+                if self.steps >= self._end:
                     return
         finally:
             collector.shutdown(close_env=False)
@@ -129,17 +170,49 @@ class Training:
         self.agent.load_training_state(state)
         return collector
 
+    @property
+    def _offline_end(self) -> int:
+        return 0 if self._windows is None else self.settings.total_steps
+
+    def _update_offline(self, report: TerminalReport) -> None:
+        """Make updates on the data set up to the next row of metrics or the next event."""
+        assert self._windows is not None
+        assert isinstance(self.agent, DatasetAgent)
+        intervals = (
+            _UPDATES_PER_ROW,
+            self.settings.evaluation.interval_steps,
+            self.settings.checkpoint.interval_steps,
+        )
+        done = self._offline_updates
+        until = min(self._offline_end, *((done // each + 1) * each for each in intervals))
+        history = []
+        for _ in range(done, until):
+            batch = self._windows.sample(self.agent.batch_size)
+            with self._dumping(batch):
+                history.append(self.agent.update(batch))
+        self._offline_updates = until
+        self._log(_average(history))
+        report.update(self.steps)
+
+    @contextmanager
+    def _dumping(self, batch: TensorDict) -> Iterator[None]:
+        """Keep the batch whose loss is not finite once too often."""
+        try:
+            yield
+        except NonFiniteError as error:
+            folder = write_dump(
+                self.run.path / f"dump-{self.steps}", {"batch": batch, "env_steps": self.env_steps}
+            )
+            raise NonFiniteError(f"{error}; the batch lies in {folder}") from None
+
+    def _log(self, metrics: Mapping[str, Tensor]) -> None:
+        self.run.log_metrics(*self._position, self.wall_clock_s, _numbers(metrics), step=self.steps)
+
     def _update(self, batch: TensorDict, report: TerminalReport) -> None:
         finished = self._episodes.update(batch)
         returns = finished.returns
-        try:
+        with self._dumping(batch):
             metrics = self._learn(batch)
-        except NonFiniteError as error:
-            folder = write_dump(
-                self.run.path / f"dump-{self.env_steps}",
-                {"batch": batch, "env_steps": self.env_steps},
-            )
-            raise NonFiniteError(f"{error}; the batch lies in {folder}") from None
         self.env_steps += batch.numel() * self._env.action_repeat
         if len(returns) > 0:
             metrics["train/return"] = returns.mean()
@@ -147,27 +220,21 @@ class Training:
                 metrics[f"train/return/{name}"] = term
         metrics["train/episodes"] = torch.tensor(float(len(returns)))
         metrics["train/diverged"] = batch["next", "diverged"].sum()
-        self.run.log_metrics(
-            self.env_steps, self.agent.gradient_steps, self.wall_clock_s, _numbers(metrics)
-        )
+        self._log(metrics)
         shown = {"train_return": float(returns.mean())} if len(returns) > 0 else {}
         if "stage" in metrics:
             shown["stage"] = float(metrics["stage"])
-        report.update(self.env_steps, **shown)
+        report.update(self.steps, **shown)
 
     def _learn(self, rollout: TensorDict) -> dict[str, Tensor]:
         """Update the agent on the rollout itself, or on what the replay then holds."""
-        if not isinstance(self.agent, ReplayAgent):
+        if not isinstance(self.agent, ReplayAgent | DatasetAgent):
             return self.agent.update(rollout)
         assert self._replay is not None
         self._replay.extend(rollout)
         updates = self.agent.observe(rollout) if len(self._replay) > 0 else 0
         size = self.agent.batch_size
-        history = [self.agent.update(self._replay.sample(size)) for _ in range(updates)]
-        return {
-            name: torch.stack([metrics[name] for metrics in history]).mean()
-            for name in (history[-1] if history else ())
-        }
+        return _average([self.agent.update(self._replay.sample(size)) for _ in range(updates)])
 
     def _evaluate(self, signals: SignalWatch, report: TerminalReport) -> None:
         """Evaluate the policy; a stop signal cuts it short, and nothing of it is kept."""
@@ -187,20 +254,25 @@ class Training:
             ).summary()
         except _CutShort:
             return
-        self.run.log_evaluation(
-            self.env_steps, self.agent.gradient_steps, self.wall_clock_s, summary
-        )
-        report.update(self.env_steps, eval_return=summary["return_mean"])
-        self._evaluated_at = self.env_steps
+        self.run.log_evaluation(*self._position, self.wall_clock_s, summary, step=self.steps)
+        shown = {"eval_return": summary["return_mean"]}
+        if "success_mean" in summary:
+            shown["eval_success"] = summary["success_mean"]
+        report.update(self.steps, **shown)
+        self._evaluated_at, self._evaluated = self.steps, self._position
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.env_steps, self.agent.gradient_steps
 
     def _evaluation_due(self) -> bool:
-        if self._evaluated_at == self.env_steps:
+        if self._evaluated_at == self.steps:
             return False
-        ends = self.env_steps == 0 or self.env_steps >= self.settings.total_steps
+        ends = self.steps == 0 or self.steps >= self._end
         return ends or self._due(self.settings.evaluation.interval_steps, self._evaluated_at)
 
     def _due(self, interval: int, last: int) -> bool:
-        return self.env_steps // interval > max(last, 0) // interval
+        return self.steps // interval > max(last, 0) // interval
 
     def save(self) -> Path:
         """Write a checkpoint from which :meth:`resume` continues bit for bit."""
@@ -212,13 +284,16 @@ class Training:
             "episodes": self._episodes.state(),
             "replay": None if self._replay is None else self._replay.state(),
             "torch_generator": torch.get_rng_state(),
+            "windows": None if self._windows is None else self._windows.state(),
             "env_steps": self.env_steps,
+            "offline_updates": self._offline_updates,
             "evaluated_at": self._evaluated_at,
+            "evaluated": list(self._evaluated),
             "wall_clock_s": self.wall_clock_s,
         }
         path = checkpoint.save(
             self.run.checkpoints,
-            checkpoint.step_name(self.env_steps),
+            checkpoint.step_name(self.steps),
             state,
             metadata={
                 "env_steps": self.env_steps,
@@ -228,7 +303,7 @@ class Training:
             },
             keep=self.settings.checkpoint.keep,
         )
-        self._saved_at = self.env_steps
+        self._saved_at = self.steps
         return path
 
     def resume(self, path: Path) -> None:
@@ -249,7 +324,7 @@ class Training:
                 "saved with (run.json names its commit), or start anew"
             ) from None
         checkpoint.discard_after(path)
-        self.run.truncate_to(self.env_steps, evaluated_at=self._evaluated_at)
+        self.run.truncate_to(*self._position, evaluated=self._evaluated, step=self.steps)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         num_envs = len(state["episodes"]["return"])
@@ -265,9 +340,15 @@ class Training:
             self._episodes.load_state(state["episodes"])
         if self._replay is not None:
             self._replay.load_state(state["replay"])
+        if self._windows is not None:
+            self._windows.load_state(state["windows"])
         torch.set_rng_state(state["torch_generator"])
-        self.env_steps = self._saved_at = state["env_steps"]
+        self.env_steps = state["env_steps"]
+        self._offline_updates = state["offline_updates"]
+        self._saved_at = self.steps
         self._evaluated_at = state["evaluated_at"]
+        env_steps, gradient_steps = state["evaluated"]
+        self._evaluated = (env_steps, gradient_steps)
         self._started = time.monotonic() - state["wall_clock_s"]
 
     def close(self) -> None:
@@ -277,10 +358,30 @@ class Training:
                 env.close()
 
 
-def _make_replay(agent: Agent, settings: TrainSettings) -> Replay | None:
-    if not isinstance(agent, ReplayAgent):
+def _make_windows(
+    agent: Agent, settings: TrainSettings, dataset: OfflineDataset | None
+) -> WindowSampler | None:
+    if not isinstance(agent, DatasetAgent):
         return None
-    return Replay(agent.replay_capacity, seed=derive(settings.seed, "replay"))
+    assert dataset is not None
+    return WindowSampler(dataset, agent.window, seed=derive(settings.seed, "windows"))
+
+
+def _make_replay(
+    agent: Agent, settings: TrainSettings, windows: WindowSampler | None
+) -> Replay | SequenceReplay | None:
+    seed = derive(settings.seed, "replay")
+    if isinstance(agent, ReplayAgent):
+        return Replay(agent.replay_capacity, seed=seed)
+    if isinstance(agent, DatasetAgent) and settings.online_steps > 0:
+        return SequenceReplay(
+            agent.window,
+            capacity=agent.replay_capacity,
+            num_envs=settings.num_envs,
+            seed=seed,
+            offline=windows,
+        )
+    return None
 
 
 def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:
@@ -298,6 +399,14 @@ def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:
             f"{path}: its weights do not fit the agent of these settings ({first}); use the "
             "environment and agent settings it was trained with"
         ) from None
+
+
+def _average(history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of every metric over some updates; nothing of none."""
+    return {
+        name: torch.stack([metrics[name] for metrics in history]).mean()
+        for name in (history[-1] if history else ())
+    }
 
 
 def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:

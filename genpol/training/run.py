@@ -137,6 +137,8 @@ class Run:
         gradient_steps: int,
         wall_clock_s: float,
         metrics: Mapping[str, Any],
+        *,
+        step: int | None = None,
     ) -> None:
         """Append one row of scalar metrics to metrics.csv; new names become new columns.
 
@@ -145,11 +147,12 @@ class Run:
             gradient_steps: Optimiser steps so far.
             wall_clock_s: Seconds of training so far, over all resumptions.
             metrics: Numbers, or tensors of one element, by name.
+            step: Where TensorBoard and W&B draw them; by default at the environment steps.
         """
         numbers = {name: float(value) for name, value in metrics.items()}
         self._metrics.append(numbers | _progress(env_steps, gradient_steps, wall_clock_s))
         for sink in self._sinks:
-            sink.log(env_steps, numbers)
+            sink.log(env_steps if step is None else step, numbers)
 
     def log_evaluation(
         self,
@@ -157,6 +160,8 @@ class Run:
         gradient_steps: int,
         wall_clock_s: float,
         evaluation: Mapping[str, float],
+        *,
+        step: int | None = None,
     ) -> None:
         """Append one row to evals.csv.
 
@@ -165,6 +170,7 @@ class Run:
             gradient_steps: See :meth:`log_metrics`.
             wall_clock_s: See :meth:`log_metrics`.
             evaluation: A number for each of :data:`EVALUATION_COLUMNS`; more become new columns.
+            step: See :meth:`log_metrics`.
         """
         missing = [name for name in EVALUATION_COLUMNS if name not in evaluation]
         if missing:
@@ -173,7 +179,7 @@ class Run:
         self._evaluations.append(dict(evaluation) | progress)
         for sink in self._sinks:
             named = {f"evaluation/{name}": float(value) for name, value in evaluation.items()}
-            sink.log(env_steps, named)
+            sink.log(env_steps if step is None else step, named)
 
     def resume(self, command: list[str], config: Mapping[str, Any] | None = None) -> None:
         """Mark the run as running again; note when, by which command and under which settings.
@@ -207,7 +213,12 @@ class Run:
         self._evaluations.check()
 
     def truncate_to(
-        self, env_steps: int, gradient_steps: int | None = None, *, evaluated_at: int | None = None
+        self,
+        env_steps: int,
+        gradient_steps: int | None = None,
+        *,
+        evaluated: tuple[int, int] | None = None,
+        step: int | None = None,
     ) -> None:
         """Drop the rows of both tables that lie beyond a checkpoint, before resuming from it.
 
@@ -218,15 +229,14 @@ class Run:
         Args:
             env_steps: Those of the checkpoint.
             gradient_steps: Those of the checkpoint, if they are to count.
-            evaluated_at: Environment steps of its last evaluation, if not those of the checkpoint:
-                an evaluation after that will be made again.
+            evaluated: Environment and gradient steps of its last evaluation, if not its own: an
+                evaluation after that will be made again.
+            step: See :meth:`log_metrics`.
         """
         self._metrics.truncate(env_steps, gradient_steps)
-        self._evaluations.truncate(
-            env_steps if evaluated_at is None else evaluated_at, gradient_steps
-        )
+        self._evaluations.truncate(*(evaluated or (env_steps, gradient_steps)))
         for sink in self._sinks:
-            sink.forget_after(env_steps)
+            sink.forget_after(env_steps if step is None else step)
 
     def finish(self, status: Literal["finished", "interrupted", "failed"]) -> None:
         """Record how the run ended and how long it took, and close what is open."""

@@ -34,7 +34,7 @@ class EvaluationSettings:
     """When and how the policy is evaluated."""
 
     interval_steps: int = 1_000_000
-    """Environment steps between two evaluations; the last one is always after the last step."""
+    """Steps between two evaluations; the last one is always after the last step."""
     episodes: int = 100
     """Complete episodes per evaluation."""
     seed: int = 10_000
@@ -52,7 +52,7 @@ class CheckpointSettings:
     """When the run is saved."""
 
     interval_steps: int = 1_000_000
-    """Environment steps between two checkpoints; the end of the run always writes one."""
+    """Steps between two checkpoints; the end of the run always writes one."""
     keep: int = 3
     """How many of the latest checkpoints stay on disk."""
 
@@ -73,7 +73,12 @@ class TrainSettings:
     seed: int = 0
     """Seed of the networks, the environments and the exploration."""
     total_steps: int = 10_000_000
-    """Environment steps to train for, over all environments together."""
+    """Steps to train for: those of the environments, all together; of agents that learn from a data
+    set, updates on it."""
+    data: str | None = None
+    """Data set to learn from, for agents that do: see `genpol data --help`."""
+    online_steps: int = 0
+    """Environment steps that follow the updates on a data set."""
     device: str = "cpu"
     """Where the networks live: cpu, cuda or cuda:<index>."""
     num_threads: int = 0
@@ -109,6 +114,7 @@ class TrainSettings:
         positive("total_steps", self.total_steps)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device = {self.device!r}: must be cpu, cuda or cuda:<index>")
+        at_least("online_steps", self.online_steps, 0)
         at_least("num_threads", self.num_threads, 0)
         within("num_threads", self.num_threads, 0, 4096)
         at_least("num_envs", self.num_envs, 1)

@@ -175,7 +175,7 @@ def gradient_without_advantage(settings, *, mean=0.0, rows=8):
             "latent": batch["latent"],
             "log_prob": batch["latent_log_prob"],
             "advantage": zero,
-            "target": zero,
+            "target": zero[:, None],
         }
     )
     with torch.no_grad():

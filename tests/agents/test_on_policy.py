@@ -159,7 +159,7 @@ def test_ridge_and_entropy_settle_at_the_predicted_scale():
                 "latent": rows["latent"],
                 "log_prob": rows["latent_log_prob"],
                 "advantage": zero,
-                "target": zero,
+                "target": zero[:, None],
             }
         )
     assert scale.mean().item() == pytest.approx(4.472, abs=0.05)
@@ -349,8 +349,9 @@ def test_the_median_critic_tends_to_the_median_and_the_other_to_the_mean():
     )
     policy, generator = make_policy(settings)
     learner = learner_of(policy.encoder, settings, generator)
-    target = torch.tensor([0.0, 0.0, 0.0, 1.0, 4.0]).repeat(20)
-    observation = torch.zeros(100, 3)
+    # Two states, so that a row must find its own target: (0, 0, 0, 1, 4), and that from above.
+    target = torch.tensor([0.0, 0.0, 0.0, 1.0, 4.0, 4.0, 4.0, 4.0, 3.0, 0.0]).repeat(10)[:, None]
+    observation = torch.tensor([-1.0] * 5 + [1.0] * 5).repeat(10)[:, None].expand(100, 3)
     rows = TensorDict({"observation": observation}, [100])
     policy(rows)
     for _ in range(6):
@@ -363,6 +364,6 @@ def test_the_median_critic_tends_to_the_median_and_the_other_to_the_mean():
                 "target": target,
             }
         )
-    value, median = policy.encoder.values_at_normalized(observation[:1])
-    assert value.item() == pytest.approx(1.0, abs=0.05)
-    assert median.item() == pytest.approx(0.0, abs=0.1)
+    value, median = policy.encoder.values_at_normalized(observation[[0, 5]])
+    assert value.flatten().tolist() == pytest.approx([1.0, 3.0], abs=0.05)
+    assert median.tolist() == pytest.approx([0.0, 4.0], abs=0.1)

@@ -10,6 +10,7 @@ import genpol.agents as agents
 import genpol.envs as envs
 from genpol.cli.configuration import compose, to_settings
 from genpol.cli.list import config_folder, describe, names
+from genpol.envs.settings import OGBENCH_NAMES
 
 # Environments that need more than their name.
 ARGUMENTS = {
@@ -22,7 +23,7 @@ ARGUMENTS = {
 def test_environment_composes(env: str) -> None:
     settings = to_settings(compose([f"env={env}", *ARGUMENTS.get(env, [])]))
     assert settings.choices.env == env
-    assert env in ARGUMENTS or settings.env.name == env
+    assert env in ARGUMENTS or envs.label(settings.env) == env
 
 
 @pytest.mark.parametrize("agent", names("agent"))
@@ -42,6 +43,10 @@ def test_recipe_composes(recipe: str) -> None:
 
 def test_every_native_task_has_a_file() -> None:
     assert set(envs.names()) <= set(names("env"))
+
+
+def test_every_environment_with_a_recipe_for_data_has_a_file() -> None:
+    assert {f"{name}-play" for name in OGBENCH_NAMES} <= set(names("env"))
 
 
 def test_every_agent_has_a_file() -> None:

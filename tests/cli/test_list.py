@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,20 @@ def test_terminal_gets_a_table(
     assert "genpol envs" in out
     assert "HopperStand" in out
     assert "\t" not in out
+
+
+def test_terminal_groups_environments_by_simulator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    listing.run(["envs"])
+    plain = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    first_words = [line.split()[0] for line in plain.splitlines() if line.strip()]
+    places = [
+        first_words.index(word)
+        for word in ("native", "HopperStand", "OGBench", "cube-single-play", "others", "gym")
+    ]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("plural", sorted(listing.GROUPS))

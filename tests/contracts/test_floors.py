@@ -21,6 +21,7 @@ FLOORS = {
     "genpol.agent": 3,
     "genpol.data": 3,
     "genpol.off_policy": 3,
+    "genpol.offline": 3,
     "genpol.on_policy": 3,
     "genpol.training": 4,
     "genpol.report": 4,

@@ -43,6 +43,13 @@ REPLAY = {
     "actor_hidden": [16],
     "critic_hidden": [16],
 }
+ONE_GRADIENT = {
+    "rollout_steps": 7,
+    "critic_epochs": 2,
+    "critic_minibatches": 2,
+    "actor_hidden": [16],
+    "critic_hidden": [16],
+}
 DENOISING = {name: x for name, x in SMALL.items() if name != "noise_correlation"}
 SETTINGS = {
     "ppo": SMALL,
@@ -51,6 +58,8 @@ SETTINGS = {
     "bpo": SMALL,
     "mdpo": SMALL | {"critic_minibatches": 4},
     "gorl": SMALL | STAGES,
+    "npg_igt": ONE_GRADIENT,
+    "harpg": ONE_GRADIENT,
     "sac": REPLAY,
     "mdpo_off_policy": REPLAY | {"critic": "v", "reference_period": 200},
 }
@@ -101,6 +110,9 @@ def rows(training, name):
         *[("bpo", 448, {}), ("mdpo", 448, {}), ("fpo", 448, {}), ("dppo", 448, {})],
         *[("sac", 112, {}), ("sac", 672, {}), ("mdpo_off_policy", 672, {})],
         ("ppo", 672, REMEMBERING),
+        # after the first step; before a rollout for the gradient, and before one for the Hessian
+        *[("npg_igt", 112, {}), ("npg_igt", 448, {})],
+        *[("harpg", half, {"normalized": half > 112}) for half in (112, 448, 560)],
     ],
 )
 def test_resume_is_exact(tmp_path, point_mass, agent, half, extra):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.collectors import Collector
@@ -13,7 +14,13 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import RandomPolicy, check_env_specs
 
 from genpol import envs
-from genpol.envs import DMControlSettings, GymSettings, MujocoSettings, Settings
+from genpol.envs import (
+    DMControlSettings,
+    GymSettings,
+    MujocoSettings,
+    OGBenchSettings,
+    Settings,
+)
 from genpol.envs.mujoco import simulation
 from genpol.envs.mujoco.env import MujocoEnv
 from genpol.errors import ConfigError
@@ -27,20 +34,32 @@ FAMILIES: dict[str, tuple[Settings, int]] = {
     "gym-workers": (GymSettings(), 2),
     "dm_control": (DMControlSettings(), 1),
     "dm_control-workers": (DMControlSettings(), 2),
+    "ogbench": (OGBenchSettings(goal_conditioned=True), 1),
+    "ogbench-workers": (OGBenchSettings(name="puzzle-3x3"), 2),
 }
-MANY = [name for name, (_, num_envs) in FAMILIES.items() if num_envs > 1]
+# Their models take seconds to compile, in every worker.
+MARKS = {"ogbench-workers": pytest.mark.slow}
+
+
+def parameters(names: Iterable[str]) -> list[ParameterSet]:
+    return [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
+
+
+MANY = parameters(name for name, (_, num_envs) in FAMILIES.items() if num_envs > 1)
 NATIVE = [name for name, (settings, _) in FAMILIES.items() if isinstance(settings, MujocoSettings)]
 
 
 @pytest.fixture(scope="module")
 def env(request: pytest.FixtureRequest) -> Iterator[EnvBase]:
     settings, num_envs = FAMILIES[request.param]
+    if isinstance(settings, OGBenchSettings):
+        pytest.importorskip("ogbench", reason="needs the extra genpol[ogbench]")
     made = envs.make(settings, num_envs=num_envs, seed=0)
     yield made
     made.close()
 
 
-every_family = pytest.mark.parametrize("env", FAMILIES, indirect=True)
+every_family = pytest.mark.parametrize("env", parameters(FAMILIES), indirect=True)
 
 
 def native(name: str, *, num_envs: int = 4, seed: int = 0, num_threads: int = 0) -> MujocoEnv:
@@ -77,7 +96,8 @@ def run(
 
 
 def assert_equal(a: TensorDict, b: TensorDict) -> None:
-    for key in ("observation", "reward", "done", "terminated", "truncated", "diverged"):
+    keys = ("observation", "reward", "done", "terminated", "truncated", "diverged", "is_init")
+    for key in keys:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
 
 
@@ -93,7 +113,7 @@ def test_attributes_and_shapes(env: EnvBase) -> None:
     assert outcome["observation"].dtype == outcome["reward"].dtype == torch.float32
     assert outcome["observation"].shape == env.observation_spec["observation"].shape
     assert env.action_spec.dtype == torch.float32
-    for key in ("reward", "done", "terminated", "truncated", "diverged"):
+    for key in ("reward", "done", "terminated", "truncated", "diverged", "is_init"):
         assert outcome[key].shape == (n, 1)
         assert outcome[key].dtype == (torch.float32 if key == "reward" else torch.bool)
     assert isinstance(env.max_episode_steps, int)
@@ -148,6 +168,19 @@ def test_time_limit_truncates_and_next_is_the_true_last_observation(env: EnvBase
 
 
 @every_family
+def test_first_observations_of_episodes_are_marked(env: EnvBase) -> None:
+    root = env.reset()
+    first = []
+    for step, action in enumerate(actions(env, 3, scale=0.1)):
+        first.append(root["is_init"].view(-1).tolist())
+        env._elapsed[0] = env.max_episode_steps - 1 if step == 1 else 0
+        outcome, root = env.step_and_maybe_reset(root.set("action", action))
+        assert not outcome["next", "is_init"].any()
+    (n,) = env.batch_size
+    assert first == [[True] * n, [False] * n, [True] + [False] * (n - 1)]
+
+
+@every_family
 def test_equal_seeds_give_equal_rollouts(env: EnvBase) -> None:
     sequence = actions(env, 20)
     first, again, other = (run(env, sequence, seed=seed) for seed in (1, 1, 2))
@@ -179,6 +212,10 @@ def test_collector_gathers_episodes(env: EnvBase) -> None:
     batches = [batch.clone() for batch in collector]
     collector.shutdown(close_env=False)
     assert [batch.shape for batch in batches] == [(n, 5), (n, 5)]
+    assert batches[0]["is_init"][:, 0].all()
+    ended = torch.cat([batch["next", "done"] for batch in batches], 1)[:, :-1]
+    begun = torch.cat([batch["is_init"] for batch in batches], 1)[:, 1:]
+    assert (begun == ended).all()
     for batch in batches:
         done = batch["next", "done"][:, :-1]
         follows = batch["observation"][:, 1:] == batch["next", "observation"][:, :-1]
@@ -221,6 +258,19 @@ def test_simulation_continues_bit_for_bit(name: str) -> None:
     other.load_simulation(state)
     torch.testing.assert_close(other.reset()["observation"], state["observation"], rtol=0, atol=0)
     assert_equal(run(other, sequence), expected)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_restored_observation_is_initial_only_if_it_was(kept: bool) -> None:
+    env = native("HopperStand")
+    run(env, actions(env, 3), seed=0, reset_first_at=2)
+    state = env.state_dict_of_simulation()
+    if not kept:  # a checkpoint of before the key was there
+        del state["is_init"]
+    other = native("HopperStand")
+    other.load_simulation(state)
+    assert other.reset()["is_init"].view(-1).tolist() == [True, False, False, False]
+    assert other.reset()["is_init"].all()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), 1e30])

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from genpol import envs
-from genpol.envs import DMControlSettings, GymSettings, MujocoSettings
+from genpol.envs import DMControlSettings, GymSettings, MujocoSettings, OGBenchSettings
 from genpol.envs.mujoco import registry
 from genpol.errors import ConfigError
 
@@ -34,6 +34,10 @@ def test_importing_imports_no_simulator() -> None:
         (GymSettings(id="Pendulum-v1"), "Pendulum-v1"),
         (GymSettings(id="my_module:Family/Arm-v0"), "Family-Arm-v0"),
         (DMControlSettings(domain="cartpole", task="swingup"), "cartpole-swingup"),
+        (OGBenchSettings(name="scene"), "scene-play"),
+        (OGBenchSettings(name="cube-double", task=2), "cube-double-play-task2"),
+        (OGBenchSettings(goal_conditioned=True), "cube-single-play-goal"),
+        (OGBenchSettings(goal_conditioned=True, task=5), "cube-single-play-goal-task5"),
     ],
 )
 def test_labels(settings: envs.Settings, label: str) -> None:
@@ -42,7 +46,7 @@ def test_labels(settings: envs.Settings, label: str) -> None:
 
 def test_every_family_has_settings_with_defaults() -> None:
     classes = envs.settings_classes()
-    assert list(classes) == ["mujoco", "gym", "dm_control"]
+    assert list(classes) == ["mujoco", "gym", "dm_control", "ogbench"]
     for settings_class in classes.values():
         assert dataclasses.is_dataclass(settings_class())
 
@@ -55,6 +59,9 @@ def test_every_family_has_settings_with_defaults() -> None:
         (MujocoSettings, {"action_repeat": 0}, r"env\.action_repeat = 0: must be >= 1"),
         (GymSettings, {"id": ""}, r"env\.id is empty"),
         (DMControlSettings, {"task": ""}, r"env\.task is empty"),
+        (OGBenchSettings, {"name": "puzle-3x3"}, r"env\.name.*Did you mean 'puzzle-3x3'"),
+        (OGBenchSettings, {"task": 6}, r"env\.task = 6: must lie in \[0, 5\]"),
+        (OGBenchSettings, {"success_timing": "now"}, r"env\.success_timing.*post, pre"),
     ],
 )
 def test_wrong_settings_are_refused(settings_class: type, values: dict, message: str) -> None:

@@ -58,6 +58,15 @@ REPLAY = {
     "critic_hidden": [32],
 }
 
+ONE_GRADIENT = {
+    "rollout_steps": 10,
+    "critic_minibatches": 2,
+    "critic_learning_rate": 5e-3,
+    "reward_scale": 1.0,
+    "actor_hidden": [32],
+    "critic_hidden": [32],
+}
+
 
 def train_from_replay(agent, env, rollouts):
     replay = Replay(agent.replay_capacity, seed=0)
@@ -114,6 +123,24 @@ def test_surrogates_without_a_clip_drive_the_point_mass_more_slowly(point_mass, 
     train(agent, env, 100)
     after = evaluate(agent.policy, point_mass(num_envs=32), episodes=32, seed=1).returns.mean()
     assert after > -1.2  # five seeds: -0.5 (r2vpo) and -1.0 (mhpo) at worst; at rest it is -5
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "updates"),
+    [
+        ("npg_igt", {"step_size": 0.2}, 40),
+        ("harpg", {"step_size": 0.1}, 100),
+        ("harpg", {"step_size": 0.2, "normalized": True}, 80),
+    ],
+)
+def test_point_mass_is_driven_to_its_goal_with_one_gradient_per_rollout(
+    point_mass, name, extra, updates
+):
+    env = point_mass(num_envs=64)
+    agent = make(name, env, **(ONE_GRADIENT | extra))
+    train(agent, env, updates)
+    after = evaluate(agent.policy, point_mass(num_envs=32), episodes=32, seed=1).returns.mean()
+    assert after > -1.2  # five seeds: -0.6, -0.9 and -0.9 at worst; at rest it is -5
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,39 @@ def test_one_gaussian_row():
     assert kl.item() == pytest.approx(kl_divergence(Normal(0.2, 0.5), Normal(0.3, 0.5)).item())
 
 
+def objective_shift(action, shift):
+    """Return what CAPO expects of a shift of the mean of one Gaussian row, found by bisection."""
+    scale, shift = vector([0.5]), vector([shift, 0.0])
+    score = gaussian_score(vector([0.2]), scale, vector([action]))
+    fisher = gaussian_fisher(scale, shift)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        kept = capo_mask(vector(2.0), score, shift, fisher, max_kl=1.0, max_change=middle)
+        low, high = (low, middle) if kept else (middle, high)
+    return high
+
+
+def true_change(action, shift):
+    """Return ``A (r - 1)`` of that row once the mean has moved."""
+    new, old = (Normal(vector(mean), vector(0.5)) for mean in (0.2 + shift, 0.2))
+    log_ratio = new.log_prob(vector(action)) - old.log_prob(vector(action))
+    return 2.0 * torch.expm1(log_ratio).item()
+
+
+@pytest.mark.parametrize(
+    ("action", "expected", "true"),
+    # One standard deviation out the second order vanishes; not so at one and a half.
+    [(0.7, 0.4, 0.39443), (0.95, 0.65, 0.64626)],
+)
+def test_capo_expects_the_true_change_to_second_order(action, expected, true):
+    """Surrogates section 6; the error is of third order: an eighth with half the shift."""
+    assert objective_shift(action, 0.1) == pytest.approx(expected)
+    assert true_change(action, 0.1) == pytest.approx(true, abs=1e-5)
+    error = [objective_shift(action, x) - true_change(action, x) for x in (0.05, 0.025)]
+    assert error[0] / error[1] == pytest.approx(8, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("advantage", "along", "fisher", "options", "kept"),
     [

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, ExplorationType, exploration_type
 
 from genpol import agents, envs
 from genpol.agent import Specs
 from genpol.envs import MujocoSettings
-from genpol.training.evaluation import evaluate, record
+from genpol.training.evaluation import evaluate, record, trajectories
 
 
 class ScriptedEnv(EnvBase):
@@ -317,3 +317,25 @@ def test_frames_are_those_of_one_episode_of_environment_0(still, period, steps):
     frames = record(still, env, seed=0, frame_period=period, height=4, width=6)
     assert [frame.shape for frame in frames] == [(4, 6, 3)] * len(steps)
     assert [frame[0, 0].tolist() for frame in frames] == [[0, step, 0] for step in steps]
+
+
+def test_trajectories_are_whole_episodes_with_their_final_state(point_mass):
+    class Right(TensorDictModuleBase):
+        in_keys = ("observation",)
+        out_keys = ("action",)
+
+        def forward(self, tensordict):
+            return tensordict.set("action", torch.full_like(tensordict["observation"], 0.1))
+
+    env = point_mass(num_envs=4)
+    found = list(trajectories(Right(), env, episodes=6, seed=3, deterministic=True))
+    assert len(found) == 6
+    for trajectory in found:
+        assert trajectory["observation"].shape == (11, 1)
+        assert trajectory["action"].shape == (10, 1)
+        steps = np.diff(trajectory["observation"][:, 0])
+        np.testing.assert_allclose(steps, 0.03, atol=1e-6)
+        expected = -np.abs(trajectory["observation"][1:, 0] - 0.5)
+        np.testing.assert_allclose(trajectory["reward"], expected, atol=1e-6)
+    starts = {float(trajectory["observation"][0, 0]) for trajectory in found}
+    assert len(starts) == 6

@@ -179,7 +179,7 @@ def test_an_evaluation_that_the_checkpoint_lacks_is_dropped(run):
     for steps in (10, 20):
         run.log_metrics(steps, steps, 0.0, {"loss": 1.0})
         run.log_evaluation(steps, steps, 0.0, EVALUATION)
-    run.truncate_to(20, evaluated_at=10)
+    run.truncate_to(20, evaluated=(10, 10**9))
     assert [row["env_steps"] for row in rows(run)] == ["10", "20"]
     assert [row["env_steps"] for row in rows(run, "evals.csv")] == ["10"]
 

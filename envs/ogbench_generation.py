@@ -1,0 +1,295 @@
+"""Generation of OGBench's data sets: many episodes at once, and a file of them all in the end.
+
+Every episode that is finished is a file in a staging folder beside the result, so that an
+interrupted generation goes on where it stopped, whatever stopped it. Which worker makes an episode
+makes no difference to it, so neither do the number of workers and interruptions.
+
+The result is two files as OGBench's, ``NAME.npz`` and, with a tenth as many episodes,
+``NAME-val.npz``. How they came about stands in the ZIP files' comments, as JSON.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genpol.data.staging import Staging, flush, writing
+from genpol.envs.ogbench_data import Demonstrator, Recipe
+from genpol.errors import ConfigError, EnvironmentFault
+
+SPLITS = ("train", "val")
+
+_RECIPE = "recipe.json"
+_PATIENCE_S = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which episodes are to be made.
+
+    Attributes:
+        recipe: How.
+        episodes: How many of each split, ``"train"`` and ``"val"``.
+    """
+
+    recipe: Recipe
+    episodes: dict[str, int]
+
+    @classmethod
+    def of_size(cls, recipe: Recipe, num_transitions: int) -> Plan:
+        """Plan at least ``num_transitions`` to train on, and a tenth of that for validation."""
+        train = -(-num_transitions // (recipe.episode_rows - 1))
+        return cls(recipe, {"train": train, "val": max(1, train // 10)})
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of episodes of both splits."""
+        return sum(self.episodes.values())
+
+    def files(self) -> Iterator[tuple[str, int, str]]:
+        """Yield each episode's split, number and file name."""
+        for split in SPLITS:
+            for index in range(self.episodes[split]):
+                yield split, index, f"{split}-{index:07d}.npz"
+
+
+class Generation:
+    """A generation under way, or taken up again.
+
+    Args:
+        plan: Which episodes to make.
+        output: The file of the training episodes; the others' gets ``-val`` before its suffix.
+
+    Attributes:
+        folder: Where the episodes are kept until the end.
+
+    Raises:
+        ConfigError: If the episodes in the staging folder follow another recipe.
+        DatasetError: If a result exists, another process makes it, or it cannot be written.
+    """
+
+    def __init__(self, plan: Plan, output: Path) -> None:
+        self.plan = plan
+        self.output = output
+        self.validation_output = output.with_name(f"{output.stem}-val{output.suffix}")
+        self._provenance = plan.recipe.provenance()
+        self._staging = Staging(output)
+        self.folder = self._staging.folder
+        try:
+            self._check_recipe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_recipe(self) -> None:
+        file = self.folder / _RECIPE
+        with suppress(FileNotFoundError):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found != self._provenance:
+                raise ConfigError(
+                    f"{self.folder}: holds episodes of {_differences(found, self._provenance)}; "
+                    "remove that folder to begin anew, or choose another output"
+                )
+            return
+        if os.path.lexists(self.validation_output):
+            raise ConfigError(
+                f"output = {str(self.output)!r}: {self.validation_output} exists; nothing is "
+                "overwritten, choose another name"
+            )
+        with writing(self.output):
+            unfinished = file.with_suffix(".partial")
+            unfinished.write_text(json.dumps(self._provenance), encoding="utf-8")
+            unfinished.replace(file)
+
+    def missing(self) -> list[tuple[str, int, str]]:
+        """Return the episodes that are not there yet, as :meth:`Plan.files` gives them."""
+        there = {path.name for path in self.folder.iterdir()}
+        return [episode for episode in self.plan.files() if episode[2] not in there]
+
+    def run(
+        self,
+        num_workers: int,
+        *,
+        on_episode: Callable[[], None] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Make what is missing and return whether all is there.
+
+        Args:
+            num_workers: Processes that make episodes.
+            on_episode: Called for every episode that is finished.
+            stop: Asked now and then whether to stop, unfinished.
+
+        Raises:
+            EnvironmentFault: If a worker dies or its environment raises.
+        """
+        missing = self.missing()
+        if not missing:
+            return True
+        with _workers(min(num_workers, len(missing)), self.plan.recipe, self.folder) as workers:
+            waiting = iter(missing)
+            for connection in workers:
+                connection.send(next(waiting))
+            left = len(missing)
+            while left > 0 and not stop():
+                ready: list[Any] = multiprocessing.connection.wait(list(workers), _PATIENCE_S)
+                for connection in ready:
+                    _receive(connection, workers[connection])
+                    on_episode()
+                    left -= 1
+                    following = next(waiting, None)
+                    if following is not None:
+                        connection.send(following)
+        return left == 0
+
+    def finish(self) -> None:
+        """Put the episodes together, the files in their places, and remove the staging folder.
+
+        Raises:
+            DatasetError: If a file cannot be written, or another of its name came up meanwhile.
+        """
+        with writing(self.output):
+            for split in SPLITS:
+                names = [name for found, _, name in self.plan.files() if found == split]
+                made = self.folder / f"{split}.npz"
+                comment = {**self._provenance, "split": split, "episodes": len(names)}
+                write_npz(made, [self.folder / name for name in names], comment)
+                flush(made)
+            self._place_validation()
+        self._staging.place(self.folder / "train.npz")
+        self._staging.discard()
+
+    def _place_validation(self) -> None:
+        # It is first in its place; if the second is late, for the lack of power say, the one that
+        # the next attempt makes is the same.
+        made = self.folder / "val.npz"
+        if not os.path.lexists(self.validation_output):
+            made.rename(self.validation_output)
+        elif not filecmp.cmp(made, self.validation_output, shallow=False):
+            raise ConfigError(
+                f"{self.validation_output}: exists by now; move it away and repeat the command"
+            )
+
+    def close(self) -> None:
+        """Let other processes have the staging folder; what lies in it stays."""
+        self._staging.release()
+
+
+def write_npz(path: Path, episodes: Sequence[Path], comment: dict[str, Any]) -> None:
+    """Concatenate ``.npz`` files of equal keys and shapes, one episode in memory at a time.
+
+    Args:
+        path: The file to write.
+        episodes: The files to read, in this order.
+        comment: Put as JSON into the comment of the ZIP file.
+    """
+    with np.load(episodes[0]) as arrays:
+        examples = {key: arrays[key] for key in arrays.files}
+    # Stored without compression, which would gain a tenth: noise fills the digits of floats.
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = json.dumps(comment).encode()
+        for key, example in examples.items():
+            # A ZipInfo has the same date always, so that equal data are equal files.
+            member = zipfile.ZipInfo(f"{key}.npy")
+            with archive.open(member, "w", force_zip64=True) as stream:
+                header = np.lib.format.header_data_from_array_1_0(example)
+                header["shape"] = (len(episodes) * len(example), *example.shape[1:])
+                np.lib.format.write_array_header_1_0(stream, header)
+                for episode in episodes:
+                    with np.load(episode) as arrays:
+                        stream.write(arrays[key].tobytes())
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    flat = [
+        {**{k: v for k, v in x.items() if k != "versions"}, **x.get("versions", {})}
+        for x in (found, wanted)
+    ]
+    keys = [key for key in flat[1] if flat[0].get(key) != flat[1][key]]
+    return ", ".join(f"{key} {flat[0].get(key)} and not {flat[1][key]}" for key in keys)
+
+
+@contextmanager
+def _workers(number: int, recipe: Recipe, folder: Path) -> Iterator[dict[Connection, BaseProcess]]:
+    """Give as many processes that make episodes, and end them in whatever they do."""
+    workers: dict[Connection, BaseProcess] = {}
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context(
+        "forkserver" if "forkserver" in methods else "spawn"  # not forked from among threads
+    )
+    try:
+        for index in range(number):
+            here, there = context.Pipe()
+            worker = context.Process(
+                target=_work, args=(there, recipe, folder), name=str(index), daemon=True
+            )
+            worker.start()
+            there.close()  # so that the pipe ends with the process
+            workers[here] = worker
+        yield workers
+    finally:
+        for connection, worker in workers.items():
+            connection.close()
+            worker.kill()
+            worker.join()
+
+
+def _work(connection: Connection, recipe: Recipe, folder: Path) -> None:
+    """Make the episodes that are asked for until the main process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to heed
+    with suppress(EOFError):
+        try:
+            demonstrator = Demonstrator(recipe)
+            while True:
+                split, index, name = connection.recv()
+                _save(folder / name, demonstrator.episode(split, index))
+                connection.send(None)
+        except EOFError:
+            raise
+        except Exception as error:
+            with suppress(OSError):  # the main process is gone, which may be the error itself
+                connection.send(error if isinstance(error, OSError) else _fault(recipe, error))
+
+
+def _fault(recipe: Recipe, error: Exception) -> EnvironmentFault:
+    message = " ".join(str(error).split())
+    return EnvironmentFault(f"environment {recipe.name} raised {type(error).__name__}: {message}")
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file that is whole or absent under its name."""
+    unfinished = path.with_suffix(".partial")
+    with unfinished.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    flush(unfinished)
+    unfinished.replace(path)
+
+
+def _receive(connection: Connection, worker: BaseProcess) -> None:
+    """Take a worker's word that its episode is finished, or raise what went wrong."""
+    try:
+        answer = connection.recv()
+    except (EOFError, ConnectionError):
+        worker.join()
+        code = worker.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else "died"
+        raise EnvironmentFault(
+            f"worker {worker.name} {how} (is memory short?); the same command goes on, "
+            "with fewer workers if you set num_workers="
+        ) from None
+    if answer is not None:
+        raise answer

@@ -1,0 +1,54 @@
+"""Trained runs, as commands find them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genpol.agent import Agent
+    from genpol.training.loop import EnvFactory
+    from genpol.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run with the weights of one checkpoint.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        agent: The agent that it was, ready to act.
+        make_env: Makes its environments.
+        settings: Its settings.
+    """
+
+    checkpoint: Path
+    agent: Agent
+    make_env: EnvFactory
+    settings: TrainSettings
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> TrainedRun:
+    """Load the last checkpoint of a run, or the one that ``path`` names.
+
+    Args:
+        path: Run folder or checkpoint.
+        overrides: Settings to change, as on the command line.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+        ConfigError: If an override is wrong.
+    """
+    from genpol.cli import configuration
+    from genpol.cli.train import build
+    from genpol.training import checkpoint
+    from genpol.training.loop import load_weights
+
+    found = checkpoint.resolve(path)
+    config = checkpoint.run_folder(found) / "config.yaml"
+    settings = configuration.to_settings(configuration.load(config, overrides))
+    agent, make_env = build(settings)
+    load_weights(agent, checkpoint.load(found)["weights"], found)
+    return TrainedRun(found, agent, make_env, settings)

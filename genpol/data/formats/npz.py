@@ -1,0 +1,122 @@
+"""``.npz`` archives read and written a few rows at a time.
+
+NumPy's own reader loads whole arrays. An archive holds each array as a ``.npy`` stream of its own,
+compressed or not, and several streams can be read side by side; zip files check a CRC-32 of each
+when its end is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from genpol.data.columns import Array, blocks, row_bytes
+from genpol.errors import DatasetError
+
+_SIGNATURE = b"PK\x03\x04"
+_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a file begins as zip archives do."""
+    with path.open("rb") as file:
+        return file.read(len(_SIGNATURE)) == _SIGNATURE
+
+
+class ArrayStream:
+    """One array of an archive, to be read once from the first row to the last.
+
+    Attributes:
+        dtype: Its type.
+        shape: Its shape.
+    """
+
+    def __init__(self, stream: IO[bytes], place: str) -> None:
+        self._stream = stream
+        self._place = place
+        self._row = 0
+        try:
+            self.shape, is_fortran, self.dtype = _READERS[np.lib.format.read_magic(stream)](stream)
+        except (KeyError, ValueError, SyntaxError):
+            raise DatasetError(
+                f"{place}: is no array of NumPy's; save it with numpy.savez"
+            ) from None
+        if self.dtype.hasobject:
+            raise DatasetError(
+                f"{place}: holds Python objects (pickled), which are never read; save numbers"
+            )
+        if is_fortran and len(self.shape) > 1:
+            raise DatasetError(
+                f"{place}: is stored column by column and cannot be read row by row; save "
+                "numpy.ascontiguousarray of it"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    def read(self, block: slice) -> Array:
+        """Return the rows of ``block``, which must begin where the last one ended."""
+        assert block.start == self._row
+        self._row = block.stop
+        shape = (block.stop - block.start, *self.shape[1:])
+        data = self._stream.read(self.dtype.itemsize * int(np.prod(shape)))
+        if len(data) < self.dtype.itemsize * int(np.prod(shape)):
+            raise DatasetError(
+                f"{self._place}: ends before row {block.stop} of {len(self)}; download it again"
+            )
+        return np.frombuffer(data, self.dtype).reshape(shape)
+
+    def finish(self) -> None:
+        """Read the end, and with it have the checksum compared.
+
+        Raises:
+            DatasetError: If there is more than the header says.
+        """
+        if self._stream.read(1):
+            raise DatasetError(f"{self._place}: holds more than its header says; download it again")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[dict[str, ArrayStream]]:
+    """Open all arrays of an archive for reading.
+
+    Raises:
+        DatasetError: If the archive is damaged, here or where a part of it is read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
+            arrays = {}
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                stream = streams.enter_context(archive.open(member))
+                arrays[name] = ArrayStream(stream, f"{path}: {name}")
+            yield arrays
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(
+            f"{path}: damaged or cut short ({reason}); copy or download it again"
+        ) from error
+
+
+def write_array(archive: zipfile.ZipFile, name: str, array: Any) -> None:
+    """Add an array to an archive that is being written."""
+    info = zipfile.ZipInfo(f"{name}.npy")  # always of the same date: equal data, equal files
+    info.compress_type = archive.compression
+    with archive.open(info, "w", force_zip64=True) as stream:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(array.dtype),
+            "fortran_order": False,
+            "shape": array.shape,
+        }
+        np.lib.format.write_array_header_1_0(stream, header)
+        for block in blocks(len(array), row_bytes({name: array})):
+            stream.write(np.ascontiguousarray(array[block]).data)

@@ -1,0 +1,177 @@
+"""Files and folders that are whole or absent: made in a staging folder beside, then moved.
+
+The staging folder of ``NAME`` is ``.tmp-NAME``. It belongs to one process at a time: an advisory
+lock on it, which the system drops when the process ends however it ends, tells a leftover from work
+in progress. Where the file system knows no locks, nothing keeps two processes apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from genpol.errors import DatasetError
+
+if sys.platform != "win32":
+    import fcntl
+
+_PREFIX = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Staging:
+    """The staging folder of one target, taken for this process.
+
+    Args:
+        target: What is to be made. It must not exist; its parents are made.
+        wait: Wait for another process that is making the target, instead of refusing.
+
+    Attributes:
+        folder: The staging folder, with what an interrupted process left in it.
+
+    Raises:
+        DatasetError: If the target exists, is being made by another process, or its folder cannot
+            be written.
+    """
+
+    def __init__(self, target: Path, *, wait: bool = False) -> None:
+        self.target = target
+        self.folder = target.with_name(f"{_PREFIX}{target.name}")
+        self._lock: int | None = None
+        self._owned = False
+        with writing(target):
+            while not self._owned:
+                self._owned = self._take(wait)
+
+    def clear(self) -> None:
+        """Remove all that lies in the folder."""
+        with writing(self.target):
+            for entry in self.folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def place(self, made: Path) -> None:
+        """Move ``made``, the folder itself or something in it, to the target and make that durable.
+
+        Raises:
+            DatasetError: If the target exists by now, or cannot be made. Nothing is overwritten.
+        """
+        _refuse_existing(self.target)
+        with writing(self.target):
+            if made.is_dir():
+                made.rename(self.target)
+            else:
+                _move_file(made, self.target)
+            flush(self.target.parent)
+
+    def release(self) -> None:
+        """Let other processes have the folder; what lies in it stays."""
+        self._owned = False
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard(self) -> None:
+        """Remove the folder and all in it, if it still belongs to this process."""
+        if self._owned:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def _take(self, wait: bool) -> bool:
+        """Make the folder if need be and lock it; return whether it still is the one locked."""
+        _refuse_existing(self.target)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            return True
+        try:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            _lock(self._lock, self.target, wait)
+            # Whoever had it before may have moved it into place or removed it.
+            if os.path.samestat(os.fstat(self._lock), self.folder.stat()):
+                return True
+        except FileNotFoundError:
+            pass
+        except DatasetError:
+            self.release()
+            raise
+        self.release()
+        return False
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Give a path to write to, which becomes ``target`` if all goes well.
+
+    Raises:
+        DatasetError: If the target exists or cannot be written. Nothing is left behind.
+    """
+    staging = Staging(target)
+    try:
+        staging.clear()
+        made = staging.folder / target.name
+        with writing(target):
+            yield made
+            for path in (made, *made.rglob("*")):
+                flush(path)
+        staging.place(made)
+    finally:
+        staging.discard()
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn an error of the operating system into one line about ``target``.
+
+    Raises:
+        DatasetError: If such an error occurs.
+    """
+    try:
+        yield
+    except OSError as error:
+        mend = "free some disk space" if error.errno in _FULL else "choose a folder you may write"
+        reason = error.strerror or " ".join(str(error).split())
+        raise DatasetError(f"{target}: cannot be written ({reason}); {mend}") from error
+
+
+def flush(path: Path) -> None:
+    """Force a file, or the entries of a folder, onto the disk."""
+    if path.is_dir() and sys.platform == "win32":
+        return  # Windows opens no folder, and orders its metadata by itself
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise DatasetError(f"{target}: exists; nothing is overwritten, choose another name")
+
+
+def _lock(descriptor: int, target: Path, wait: bool) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise DatasetError(
+            f"{target}: another process is writing it; wait for it to end, or stop it"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF):
+            raise
+
+
+def _move_file(made: Path, target: Path) -> None:
+    try:
+        os.link(made, target)  # unlike a rename, replaces nothing that came up meanwhile
+    except FileExistsError:
+        _refuse_existing(target)
+        raise
+    except OSError:  # a file system without hard links
+        made.rename(target)

@@ -1,0 +1,197 @@
+"""The update of agents that learn from windows of data."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from genpol.agent import DatasetAgent, Specs
+from genpol.data.dataset import OfflineDataset
+from genpol.data.windows import WindowSpec
+from genpol.errors import ConfigError
+from genpol.nn.normalizer import RunningNormalizer
+from genpol.nn.optimizer import GuardedOptimizer
+from genpol.offline.policy import PlanningPolicy
+from genpol.offline.settings import OfflineSettings
+from genpol.policies.guidance import GuidanceSettings
+from genpol.seeding import derive
+
+
+class OfflineAgent(DatasetAgent):
+    """Adam on the sum of an agent's losses, and averaged copies of some of its networks.
+
+    Losses that share no parameters are learned as if each had an optimiser of its own, because Adam
+    treats every parameter alone. Averages take in the parameters from *before* the step, as the
+    released codes of FQL, QC, DQC and QGF do; after the first update they are what they began as.
+
+    A subclass makes its networks and calls :meth:`begin` at the end of its constructor.
+
+    Attributes:
+        normalizer: Of observations; the identity unless the settings say otherwise.
+        guidance: How a critic bends the samples of the policy, where it can.
+
+    Args:
+        settings: Hyper-parameters.
+        specs: Sizes of the environment.
+        window: What is learned from.
+        device: Where the networks live.
+        seed: Seed of weights and noise.
+    """
+
+    def __init__(
+        self,
+        settings: OfflineSettings,
+        specs: Specs,
+        *,
+        window: WindowSpec,
+        device: str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.specs = specs
+        self.window = window
+        self.batch_size = settings.batch_size
+        self.replay_capacity = settings.replay_capacity
+        self.frames_per_batch = specs.num_envs
+        self.gradient_steps = 0
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.normalizer = RunningNormalizer(specs.observation_dim)
+        self.guidance = GuidanceSettings()
+        self._env_steps = 0
+        self._updates_owed = 0.0
+        self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
+
+    def begin(self, *, action_steps: int, goal: bool = False) -> None:
+        """Move all networks to their device, and make the optimiser and the policy that acts."""
+        self.to(self.generator.device)
+        settings = self.settings
+        self._optimizer = GuardedOptimizer(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            settings.learning_rate,
+            max_grad_norm=settings.max_grad_norm,
+            eps=1e-8,
+            patience=settings.nonfinite_patience,
+        )
+        self.policy = PlanningPolicy(
+            self, action_steps=action_steps, goal=goal, generator=self._acting
+        )
+
+    @abstractmethod
+    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of all losses on windows ``[B]``, and metrics."""
+
+    @abstractmethod
+    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+        """Return chunks ``[B, H, A]`` within [-1, 1].
+
+        Args:
+            observation: As the networks see it, ``[B, d]``, with the goal behind it where there is
+                one.
+            noise: Source of whatever is drawn.
+        """
+
+    def act(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+        """Return :meth:`plan` for raw observations."""
+        return self.plan(self.encode(observation), noise)
+
+    def encode(self, observation: Tensor) -> Tensor:
+        """Standardise raw observations ``[..., d]``; what stands behind them is left as it is."""
+        width = self.specs.observation_dim
+        if not self.settings.normalize_observations:
+            return observation
+        state: Tensor = self.normalizer(observation[..., :width])
+        return torch.cat((state, observation[..., width:]), dim=-1)
+
+    def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
+        """Return what this agent's critics think of chunks.
+
+        Args:
+            observation: As the networks see it, ``[B, d]``.
+            chunk: ``[..., B, H, A]``.
+
+        Returns:
+            Values, or logits that rank alike, ``[..., B]``.
+
+        Raises:
+            ConfigError: If it has no critics.
+        """
+        raise ConfigError("this agent has no critic; take one of iql, fql, qc, dqc and qgf")
+
+    def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
+        """Act under this guidance from now on.
+
+        Args:
+            guidance: How.
+            critic: Whose values guide; by default the agent's own.
+
+        Raises:
+            ConfigError: If the policy takes no guidance, or not from that critic.
+        """
+        raise ConfigError(
+            "guidance: bends the samples of a flow or diffusion model, with which this agent does "
+            "not act; bc, qc with policy=best_of, dqc and qgf do"
+        )
+
+    def averages(self) -> Iterable[tuple[nn.Module, nn.Module, float]]:
+        """Yield averaged modules, what they follow, and the share that they take in."""
+        return ()
+
+    def prepare(self, dataset: OfflineDataset) -> None:
+        """Take the statistics of observations from the data, if the settings ask for it."""
+        if self.settings.normalize_observations:
+            column = dataset.columns["observation"]
+            for start in range(0, len(column), 100_000):
+                self.normalizer.update(torch.from_numpy(column[start : start + 100_000]))
+
+    def observe(self, rollout: TensorDict) -> int:
+        """Take note of what was collected; return the updates that it calls for."""
+        steps = rollout.numel() * self.specs.action_repeat
+        self._env_steps += steps
+        if self._env_steps <= self.settings.online_warmup_steps:
+            return 0
+        self._updates_owed += rollout.numel() * self.settings.updates_per_step
+        updates = int(self._updates_owed)
+        self._updates_owed -= updates
+        return updates
+
+    def update(self, batch: TensorDict) -> dict[str, Tensor]:
+        """Take one step on windows ``[B]``."""
+        batch = batch.to(self.generator.device)
+        loss, metrics = self.loss(batch)
+        with torch.no_grad():
+            for slow, live, share in self.averages():
+                for average, new in zip(slow.parameters(), live.parameters(), strict=True):
+                    average.lerp_(new, share)
+        metrics |= self._optimizer.step(loss)
+        self.gradient_steps += 1
+        return metrics | {"loss": loss.detach()}
+
+    def noise(self, *shape: int) -> Tensor:
+        """Draw standard normal noise for training."""
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)
+
+    def training_state(self) -> dict[str, Any]:
+        """Return optimiser, counters, generators, and the plans that are being carried out."""
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "gradient_steps": self.gradient_steps,
+            "env_steps": self._env_steps,
+            "updates_owed": self._updates_owed,
+            "acting": self.policy.acting_state(),
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`training_state` returned."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.gradient_steps = state["gradient_steps"]
+        self._env_steps = state["env_steps"]
+        self._updates_owed = state["updates_owed"]
+        self.policy.load_acting_state(state["acting"])

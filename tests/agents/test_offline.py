@@ -1,0 +1,470 @@
+"""Agents that learn from data: what each loss reads, which networks hear of it, how they act."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from genpol import agents
+from genpol.agent import Specs
+from genpol.data.goals import GoalSettings
+from genpol.errors import ConfigError
+from genpol.offline import NetworkSettings
+from genpol.policies.guidance import GuidanceSettings
+
+BATCH, WIDTH, ACTIONS = 6, 3, 2
+SPECS = Specs(observation_dim=WIDTH, action_dim=ACTIONS, num_envs=4, goal_dim=2)
+SMALL = {"actor": NetworkSettings(hidden=[16]), "critic": NetworkSettings(hidden=[16])}
+OFFLINE = ("bc", "iql", "fql", "qc", "dqc", "qgf")
+
+
+def make(name, seed=0, **options):
+    settings = agents.settings_class(name)(**(SMALL | options))
+    return agents.make(name, settings, SPECS, seed=seed)
+
+
+def windows(horizon, seed=0, **given):
+    draw = torch.Generator().manual_seed(seed)
+    fields = {
+        "observation": torch.randn(BATCH, WIDTH, generator=draw),
+        "action": 2 * torch.rand(BATCH, horizon, ACTIONS, generator=draw) - 1,
+        "valid": torch.ones(BATCH, horizon, dtype=torch.bool),
+        "weight": torch.ones(BATCH),
+        "reward": torch.randn(BATCH, generator=draw),
+        "discount": torch.full((BATCH,), 0.9),
+        "goal": torch.randn(BATCH, 2, generator=draw),
+    }
+    after = torch.randn(BATCH, WIDTH, generator=draw)
+    return TensorDict(fields | given | {"next": {"observation": after}}, [BATCH])
+
+
+def parameters_of(agent, *names):
+    modules = [agent.get_submodule(name) for name in names]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def heard(agent, loss):
+    """Return the names of the networks that a loss has a gradient for."""
+    named = [(name, x) for name, x in agent.named_parameters() if x.requires_grad]
+    gradients = torch.autograd.grad(loss, [x for _, x in named], allow_unused=True)
+    pairs = zip(named, gradients, strict=True)
+    return {name.split(".")[0] for (name, _), g in pairs if g is not None and (g != 0).any()}
+
+
+def horizon_of(name):
+    return {"bc": 1, "iql": 1, "fql": 1, "qc": 5, "dqc": 25, "qgf": 5}[name]
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_an_update_changes_every_network(name):
+    agent = make(name)
+    before = {key: x.clone() for key, x in agent.named_parameters() if x.requires_grad}
+    metrics = agent.update(windows(horizon_of(name)))
+    assert all(torch.isfinite(x).all() for x in metrics.values())
+    after = dict(agent.named_parameters())
+    changed = {key.split(".")[0] for key, x in before.items() if not torch.equal(x, after[key])}
+    assert changed == {key.split(".")[0] for key in before}
+
+
+@pytest.mark.parametrize(
+    ("name", "average", "live"),
+    [
+        ("fql", "averaged", "critic"),
+        ("dqc", "averaged", "partial"),
+        ("qgf", "values.averaged", "values.critic"),
+        ("iql", "values.averaged", "values.critic"),
+    ],
+)
+def test_averages_take_in_the_parameters_from_before_the_step(name, average, live):
+    agent = make(name, polyak=0.5)
+    start = copy.deepcopy(parameters_of(agent, live))
+    agent.update(windows(horizon_of(name)))
+    assert all(map(torch.equal, parameters_of(agent, average), start))
+    once = copy.deepcopy(parameters_of(agent, live))
+    agent.update(windows(horizon_of(name)))
+    halves = [(a + b) / 2 for a, b in zip(start, once, strict=True)]
+    for found, expected in zip(parameters_of(agent, average), halves, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_masked_actions_may_be_anything(name):
+    horizon = max(2, horizon_of(name))
+    agent = make(name, horizon=horizon, **({"chunk": 2} if name == "dqc" else {}))
+    valid = torch.ones(BATCH, horizon, dtype=torch.bool)
+    valid[1, 1:] = False
+    batch = windows(horizon, valid=valid, weight=valid[:, -1].float())
+    other = batch.clone()
+    other["action"][1, 1:] = 0.123
+    losses = []
+    for rows in (batch, other):
+        again = copy.deepcopy(agent)
+        again.generator = torch.Generator().manual_seed(3)
+        losses.append(again.loss(rows)[0])
+    if name != "dqc":  # its windows are whole
+        torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_plans_are_within_bounds_and_repeat_with_their_noise(name):
+    agent = make(name, horizon=4, **({"chunk": 4} if name == "dqc" else {}))
+    width = WIDTH + (2 if name == "dqc" else 0)
+    observation = 3 * torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    chunk = agent.act(observation, torch.Generator().manual_seed(1))
+    assert chunk.shape == (5, 4, ACTIONS)
+    assert (chunk.abs() <= 1).all()
+    assert not chunk.requires_grad
+    assert torch.equal(chunk, agent.act(observation, torch.Generator().manual_seed(1)))
+
+
+def step(policy, observation, is_init):
+    data = TensorDict({"observation": observation, "is_init": is_init[:, None]}, [len(is_init)])
+    return policy(data)["action"]
+
+
+def test_a_plan_is_carried_out_and_made_anew_where_an_episode_begins():
+    agent = make("bc", horizon=3)
+    made = []
+    plan = agent.act
+    agent.act = lambda observation, noise: made.append(len(observation)) or plan(observation, noise)
+    no, observation = torch.zeros(2, dtype=torch.bool), torch.randn(2, WIDTH)
+    first = step(agent.policy, observation, ~no)
+    chunk = agent.policy.acting_state()["queue"]
+    assert torch.equal(first, chunk[:, 0])
+    assert torch.equal(step(agent.policy, observation, no), chunk[:, 1])
+    began = torch.tensor([False, True])
+    third = step(agent.policy, observation, began)
+    assert torch.equal(third[0], chunk[0, 2])
+    assert not torch.equal(third[1], chunk[1, 2])
+    step(agent.policy, observation, no)
+    assert made == [2, 1, 1]  # all; the one that began; the one whose plan was used up
+
+
+def test_only_part_of_a_plan_is_carried_out():
+    agent = make("bc", horizon=4, action_steps=2)
+    no, observation = torch.zeros(1, dtype=torch.bool), torch.randn(1, WIDTH)
+    chunks = []
+    for index in range(4):
+        step(agent.policy, observation, ~no if index == 0 else no)
+        chunks.append(agent.policy.acting_state()["queue"])
+    assert torch.equal(chunks[0], chunks[1])
+    assert not torch.equal(chunks[1], chunks[2])
+    assert torch.equal(chunks[2], chunks[3])
+
+
+def test_observations_are_standardised_for_all_networks_alike():
+    agent = make("qgf", normalize_observations=True, guidance=GuidanceSettings(weight=0.5))
+    data = 5 + 3 * torch.randn(500, WIDTH)
+    agent.normalizer.update(data)
+    plain = make("qgf", guidance=GuidanceSettings(weight=0.5))
+    raw = data[:4]
+    standard = (raw - data.mean(0)) / data.std(0, correction=0)
+    found = agent.act(raw, torch.Generator().manual_seed(0))
+    expected = plain.act(standard, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fql", {"action_steps": 2}, r"agent\.action_steps = 2: must lie in \[0, 1\]"),
+        ("dqc", {"horizon": 5, "chunk": 6}, r"agent\.chunk = 6: must lie in \[1, 5\]"),
+        ("dqc", {"goals": GoalSettings(rule="step")}, "set agent.goals.rule=reach"),
+        ("bc", {"goal_weight": 2.0, "goal_dropout": 0.0}, "agent.goal_dropout=0.1"),
+        ("qc", {"policy": "one_stp"}, "Did you mean 'one_step'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        agents.settings_class(name)(**options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("dqc", {}), ("bc", {"goal_conditioned": True})])
+def test_goals_must_come_from_the_environment(name, options):
+    settings = agents.settings_class(name)(**options)
+    with pytest.raises(ConfigError, match=r"env\.goal_conditioned=true"):
+        agents.make(name, settings, Specs(observation_dim=3, action_dim=2, num_envs=1), seed=0)
+
+
+# --- FQL and QC --------------------------------------------------------------------------------
+
+
+def test_each_loss_of_fql_is_heard_by_its_own_network():
+    agent, batch = make("fql", alpha=2.0), windows(1)
+    observation = batch["observation"]
+    assert heard(agent, agent._critic_loss(batch, observation)[0]) == {"critic"}
+    assert heard(agent, agent._actor_loss(agent.actor, observation)[0]) == {"actor"}
+    assert all(x.requires_grad for x in agent.critic.parameters())
+    total, _ = agent.loss(batch)
+    assert heard(agent, total) == {"critic", "actor", "flow"}
+
+
+def test_the_critics_target_is_the_averaged_mean_at_the_policys_action():
+    agent = make("fql", gamma=0.9)
+    weight = torch.ones(BATCH)
+    weight[2] = 0.0
+    batch = windows(1, weight=weight)
+    agent.averaged.load_state_dict(make("fql", seed=9).critic.state_dict())
+    state = agent.generator.get_state()
+    chunk = agent.plan(batch["next", "observation"], agent.generator)
+    agent.generator.set_state(state)
+    following = agent.averaged(batch["next", "observation"], chunk).mean(0)
+    target = batch["reward"] + batch["discount"] * following
+    error = (agent.critic(batch["observation"], batch["action"]) - target).square()
+    expected = (error * weight).mean()
+    found = agent._critic_loss(batch, batch["observation"])[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_live_critic_chooses_and_the_averaged_one_evaluates():
+    agent = make("qc", horizon=2, best_of=8)
+    batch = windows(2)
+
+    class Likes(torch.nn.Module):
+        """Values the first action's first entry, times a sign."""
+
+        def __init__(self, sign):
+            super().__init__()
+            self.sign = sign
+
+        def forward(self, observation, action):
+            return (self.sign * action[..., 0, 0]).unsqueeze(0)
+
+    agent.critic, agent.averaged = Likes(1.0), Likes(-1.0)
+    chunk = agent.plan(batch["next", "observation"], torch.Generator().manual_seed(0))
+    one = make("qc", horizon=2, best_of=1)
+    plain = one.plan(batch["next", "observation"], torch.Generator().manual_seed(0))
+    assert chunk[:, 0, 0].mean() > plain[:, 0, 0].mean() + 0.1
+    state = agent.generator.get_state()
+    best = agent.plan(batch["next", "observation"], agent.generator)[:, 0, 0]
+    agent.generator.set_state(state)
+    target = batch["reward"] - batch["discount"] * best
+    expected = (batch["action"][:, 0, 0] - target).square().mean()
+    torch.testing.assert_close(agent._critic_loss(batch, batch["observation"])[0], expected)
+
+
+def test_chunks_of_one_are_fql():
+    fql = make("fql", alpha=3.0)
+    qc = make("qc", horizon=1, policy="one_step", alpha=3.0)
+    for seed in range(3):
+        fql.update(windows(1, seed))
+        qc.update(windows(1, seed))
+    for a, b in zip(fql.parameters(), qc.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- IQL and QGF -------------------------------------------------------------------------------
+
+
+def test_each_loss_of_implicit_q_is_heard_by_its_own_network():
+    agent, batch = make("iql"), windows(1)
+    observation, after = batch["observation"], batch["next", "observation"]
+    critic, value = agent.values.critic, agent.values.value
+    total, _ = agent.values.loss(observation, after, batch)
+    for part in (critic, value):
+        gradients = torch.autograd.grad(total, list(part.parameters()), retain_graph=True)
+        assert any((g != 0).any() for g in gradients)
+    assert heard(agent, total) == {"values"}
+    whole, _ = agent.loss(batch)
+    assert heard(agent, whole) == {"values", "actor"}
+
+
+def test_the_value_is_an_expectile_of_the_averaged_ensembles_least():
+    agent, batch = make("iql", expectile=0.8), windows(1)
+    agent.values.averaged.load_state_dict(make("iql", seed=9).values.critic.state_dict())
+    observation = batch["observation"]
+    best = agent.values.averaged(observation, batch["action"]).min(0).values
+    u = best - agent.values.value(observation)
+    expected = (torch.where(u > 0, 0.8, 0.2) * u.square()).mean()
+    _, metrics = agent.values.loss(observation, batch["next", "observation"], batch)
+    torch.testing.assert_close(metrics["loss/value"], expected.detach())
+
+
+def test_better_actions_are_cloned_with_more_weight():
+    agent, batch = make("iql", inverse_temperature=2.0), windows(1)
+    advantage = agent.values.advantage(batch["observation"], batch["action"])
+    error = (agent.actor(batch["observation"]) - batch["action"]).square().sum((1, 2)) / 2
+    expected = ((2.0 * advantage).exp().clamp(max=100.0) * error).mean()
+    torch.testing.assert_close(agent.loss(batch)[1]["loss/policy"], expected.detach())
+
+
+def test_cloning_never_hears_of_the_critic():
+    batch = windows(5)
+    gradients = []
+    for reward in (batch["reward"], batch["reward"] * 100):
+        agent = make("qgf")
+        total, _ = agent.loss(windows(5, reward=reward))
+        gradients.append(torch.autograd.grad(total, list(agent.flow.parameters())))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_guidance_of_weight_zero_is_the_cloned_flow():
+    agent = make("qgf", guidance=GuidanceSettings(weight=0.0))
+    bc = make("bc", horizon=5)
+    observation = torch.randn(4, WIDTH)
+    bc.flow.load_state_dict(agent.flow.state_dict())
+    a, b = (x.act(observation, torch.Generator().manual_seed(2)) for x in (agent, bc))
+    assert torch.equal(a, b)
+
+
+def test_guidance_and_choice_raise_the_value():
+    agent = make("qgf")
+    observation = torch.randn(64, WIDTH)
+
+    def worth(**options):
+        agent.guide(GuidanceSettings(**options))
+        chunk = agent.act(observation, torch.Generator().manual_seed(2))
+        return agent.values.chunk_value(observation, chunk).mean()
+
+    plain = worth(weight=0.0)
+    assert worth(weight=1.0) > plain
+    assert worth(weight=0.0, best_of=8) > plain
+    assert worth(weight=1.0, best_of=8) > max(worth(weight=1.0), worth(weight=0.0, best_of=8))
+
+
+def test_a_clone_wears_the_guidance_of_another_agents_critic():
+    qgf = make("qgf", normalize_observations=True)
+    qgf.normalizer.update(2 + torch.randn(100, WIDTH))
+    bc = make("bc", horizon=5)
+    observation = 2 + torch.randn(64, WIDTH)
+
+    def worth():
+        chunk = bc.act(observation, torch.Generator().manual_seed(2))
+        return qgf.value(qgf.encode(observation), chunk).mean()
+
+    plain = worth()
+    bc.guide(GuidanceSettings(weight=0.0), qgf)
+    assert worth() == plain
+    bc.guide(GuidanceSettings(weight=2.0, best_of=4), qgf)
+    assert worth() > plain
+    assert not any(name.startswith("_guides") for name in bc.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "critic", "message"),
+    [
+        ("bc", None, r"add guidance\.critic=<run"),
+        ("bc", "iql", "values chunks of 1 actions .* makes chunks of 5"),
+        ("iql", None, "does not act"),
+        ("fql", None, "does not act"),
+    ],
+)
+def test_guidance_that_does_not_fit_is_refused(name, critic, message):
+    agent = make(name, **({"horizon": 5} if name == "bc" else {}))
+    with pytest.raises(ConfigError, match=message):
+        agent.guide(GuidanceSettings(weight=1.0), make(critic) if critic else None)
+
+
+# --- DQC ---------------------------------------------------------------------------------------
+
+DQC = {"horizon": 4, "chunk": 2}
+
+
+def test_each_loss_of_dqc_is_heard_by_its_own_network():
+    agent, batch = make("dqc", **DQC), windows(4)
+    assert heard(agent, agent.loss(batch)[0]) == {"critic", "partial", "state_value", "flow"}
+    observation = torch.cat((batch["observation"], batch["goal"]), -1)
+    logits = agent.partial(observation, batch["action"][:, :2])
+    target = torch.rand(BATCH)
+    total, _ = agent._critic_loss(observation, batch["action"], logits, target)
+    assert heard(agent, total) == {"critic", "partial"}
+
+
+def test_targets_of_dqc_are_probabilities():
+    for seed in range(5):
+        agent = make("dqc", seed=seed, **DQC)
+        for parameter in agent.parameters():
+            parameter.data.mul_(20.0)
+        reward = torch.ones(BATCH)
+        metrics = agent.loss(windows(4, reward=reward))[1]
+        assert 0.0 <= metrics["value/target"] <= 1.0
+        assert all(torch.isfinite(x) for x in metrics.values())
+
+
+def test_partial_critics_follow_their_own_chunk_critic():
+    agent = make("dqc", distillation_expectile=0.5, learning_rate=1e-2, **DQC)
+
+    class Constant(torch.nn.Module):
+        def forward(self, observation, action):
+            return torch.tensor([-1.0, 2.0])[:, None].expand(2, len(observation))
+
+    agent.critic = Constant()
+    batch = windows(4)
+    for _ in range(300):
+        agent.update(batch)
+    observation = torch.cat((batch["observation"], batch["goal"]), -1)
+    found = agent.partial(observation, batch["action"][:, :2]).mean(-1)
+    assert found.tolist() == pytest.approx([-1.0, 2.0], abs=0.1)
+
+
+def test_the_flow_of_dqc_is_not_told_the_goal():
+    agent, batch = make("dqc", guidance=GuidanceSettings(best_of=1), **DQC), windows(4)
+    other = batch.clone()
+    other["goal"] = batch["goal"].flip(0)
+    losses = []
+    for rows in (batch, other):
+        again = copy.deepcopy(agent)
+        again.generator = torch.Generator().manual_seed(3)
+        losses.append(again.loss(rows)[1]["loss/bc"])
+    assert torch.equal(*losses)
+    plans = [
+        agent.act(
+            torch.cat((batch["observation"], x["goal"]), -1), torch.Generator().manual_seed(1)
+        )
+        for x in (batch, other)
+    ]
+    assert torch.equal(*plans)
+
+
+def test_without_chunk_critics_the_partial_ones_learn_the_return():
+    agent = make("dqc", distil=False, horizon=3, chunk=3)
+    assert agent.critic is None
+    batch = windows(3, reward=torch.rand(BATCH))
+    observation = torch.cat((batch["observation"], batch["goal"]), -1)
+    after = torch.cat((batch["next", "observation"], batch["goal"]), -1)
+    y = (
+        (batch["reward"] + batch["discount"] * agent.state_value(after).sigmoid())
+        .clamp(0, 1)
+        .detach()
+    )
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        agent.partial(observation, batch["action"]), y.expand(2, -1)
+    )
+    torch.testing.assert_close(agent.loss(batch)[1]["loss/critic"], expected.detach())
+
+
+# --- cloning -----------------------------------------------------------------------------------
+
+
+def test_goals_are_left_out_of_their_share_of_rows():
+    agent = make("bc", goal_conditioned=True, goal_dropout=0.25, horizon=1)
+    seen = []
+    loss = agent.flow.bc_loss
+    agent.flow.bc_loss = lambda s, *rest, **more: seen.append(s) or loss(s, *rest, **more)
+    for seed in range(300):
+        agent.loss(windows(1, seed))
+    rows = torch.cat(seen)
+    given, goal = rows[:, -1], rows[:, WIDTH:-1]
+    assert given.mean().item() == pytest.approx(0.75, abs=0.03)
+    assert (goal[given == 0] == 0).all()
+    assert (goal[given == 1] != 0).all()
+
+
+def test_the_weight_of_a_goal_interpolates_and_exaggerates():
+    settings = {"goal_conditioned": True, "horizon": 1, "solver_steps": 1}
+    agents_by_weight = {w: make("bc", goal_weight=w, **settings) for w in (0.0, 1.0, 2.0)}
+    observation = 0.1 * torch.randn(256, WIDTH + 2)
+    found = {
+        w: agent.act(observation, torch.Generator().manual_seed(1))
+        for w, agent in agents_by_weight.items()
+    }
+    inside = torch.stack([x.abs() for x in found.values()]).max(0).values < 1
+    assert inside.any()
+    expected = 2 * found[1.0] - found[0.0]
+    torch.testing.assert_close(found[2.0][inside], expected[inside], atol=1e-5, rtol=1e-4)

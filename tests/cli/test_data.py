@@ -1,0 +1,185 @@
+"""`genpol data`: what it says of a data set, and one line on what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from genpol.cli import data as command
+from genpol.cli.main import main
+from genpol.data.dataset import OfflineDataset
+from genpol.data.formats import write
+from genpol.data.store import open_store
+from genpol.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENPOL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    trajectories = [
+        {
+            "observation": np.arange(num_steps + 1.0)[:, None] * [1.0, -1.0],
+            "action": np.full((num_steps, 1), 0.5),
+            "reward": np.ones(num_steps),
+            "success": np.arange(num_steps) == 1,
+        }
+        for num_steps in (1, 3)
+    ]
+    path = tmp_path / "store"
+    write(OfflineDataset.from_trajectories(trajectories, {"env": "toy", "format": "d4rl"}), path)
+    return path
+
+
+@pytest.fixture
+def npz(tmp_path, store):
+    write(open_store(store), tmp_path / "data.npz", "ogbench")
+    return tmp_path / "data.npz"
+
+
+def error(capsys, *arguments, code=2):
+    """Return the one line that a command prints when it fails."""
+    assert main(["data", *map(str, arguments)]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("genpol: error: ").rstrip("\n")
+
+
+def test_info_as_json_is_what_the_data_set_knows(store, capsys):
+    assert main(["data", "info", str(store), "json=true"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["path"] == str(store)
+    assert (facts["format"], facts["metadata"]["env"]) == ("genpol", "toy")
+    assert (facts["num_trajectories"], facts["num_transitions"]) == (2, 4)
+    assert facts["return"] == {"min": 1, "mean": 2, "std": 1, "max": 3}
+    assert facts["disk_bytes"] == sum(file.stat().st_size for file in store.iterdir())
+
+
+def test_info_is_a_table_that_a_pipe_does_not_cut(store, capsys):
+    assert main(["data", "info", str(store)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"path {store}" in lines
+    assert "format genpol, converted from d4rl" in lines
+    assert "environment toy" in lines
+    assert "transitions 4" in lines
+    assert "length 2 ± 1, from 1 to 3" in lines
+    assert "return 2 ± 1, from 1 to 3" in lines
+    assert "success rate 50.0% of trajectories" in lines
+    assert "terminated not recorded" in lines
+    assert "observation float32 2 -3 3" in lines
+    assert "action float32 1 0.5 0.5" in lines
+
+
+def test_info_of_another_format_is_made_from_the_cache(npz, tmp_path, capsys):
+    assert main(["data", "info", str(npz), "json=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "ogbench"
+    assert len(list((tmp_path / "cache/datasets").iterdir())) == 1
+
+
+def test_a_valid_data_set_is_said_to_be_valid(store, npz, tmp_path, capsys):
+    for path, name in ((store, "genpol"), (npz, "ogbench")):
+        assert main(["data", "validate", str(path)]) == 0
+        expected = f"{path}: valid ({name}, 2 trajectories, 4 transitions)\n"
+        assert capsys.readouterr().out == expected
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_invalid_value_is_named(tmp_path, npz, capsys):
+    arrays = dict(np.load(npz))
+    arrays["actions"][3] = 7
+    np.savez(tmp_path / "bad.npz", **arrays)
+    message = error(capsys, "validate", tmp_path / "bad.npz", code=1)
+    assert message.startswith(f"{tmp_path / 'bad.npz'}: actions row 3: 7 is outside [-1, 1]; ")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "name"),
+    [
+        ("copy", [], "genpol"),
+        ("a.npz", ["format=ogbench"], "ogbench"),
+        ("a-v0", ["format=minari"], "minari"),
+    ],
+)
+def test_a_data_set_is_converted(npz, tmp_path, capsys, target, options, name):
+    assert main(["data", "convert", str(npz), str(tmp_path / target), *options]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / target}\n"
+    assert main(["data", "info", str(tmp_path / target), "json=true"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["format"], facts["num_transitions"]) == (name, 4)
+
+
+def test_conversion_to_a_store_needs_no_cache(npz, tmp_path):
+    assert main(["data", "convert", str(npz), str(tmp_path / "copy")]) == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_nothing_is_overwritten(npz, store, capsys):
+    message = error(capsys, "convert", npz, store, code=1)
+    assert message == f"{store}: exists; nothing is overwritten, choose another name"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "nothing to do; write `genpol data` and one of info, validate, convert"),
+        (["inof"], "unknown action 'inof'. Did you mean 'info'? The actions are info"),
+        (
+            ["info"],
+            "`genpol data info` takes PATH, and was given 0 paths; see `genpol data --help`",
+        ),
+        (["info", "a", "b"], "`genpol data info` takes PATH, and was given 2 paths"),
+        (
+            ["info", "a", "jsn=true"],
+            "unknown option 'jsn' of `genpol data info`. Did you mean 'jso",
+        ),
+        (["info", "a", "json=yes"], "json = 'yes': must be true or false"),
+        (["validate", "a", "json=true"], "Beside PATH, it takes none"),
+        (["convert", "a"], "`genpol data convert` takes SRC DST, and was given 1 paths"),
+        (["convert", "a", "b", "format=minary"], "'minary': is no format; must be one of genpol"),
+        (["convert", "a", "b", "format=d4rl"], "'d4rl': is only read, not written; must be one of"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line(capsys, arguments, expected):
+    assert expected in error(capsys, *arguments)
+
+
+def test_a_missing_file_is_told(tmp_path, capsys):
+    assert "a.npz: no such file or folder." in error(capsys, "info", tmp_path / "a.npz", code=1)
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path, store, monkeypatch, capsys):
+    store.rename(tmp_path / "a=b")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "validate", "./a=b"]) == 0
+    with pytest.raises(ConfigError, match="unknown option 'a'"):
+        command.run(["validate", "a=b"])
+
+
+def test_every_action_is_explained():
+    assert all(f"genpol data {action} " in command.USAGE for action in command.ACTIONS)
+
+
+def test_arguments_are_checked_before_anything_is_imported():
+    import subprocess
+    import sys
+
+    script = (
+        "import sys; from genpol.cli.main import main; code = main(['data', 'convert', 'a']);"
+        "sys.exit(code if not {'numpy', 'torch', 'h5py'} & set(sys.modules) else 7)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert result.returncode == 2
+
+
+def test_sizes_are_read_by_people():
+    assert [command._size(size) for size in (12, 2048, 3.5 * 2**30)] == [
+        "12 bytes",
+        "2.0 KiB",
+        "3.5 GiB",
+    ]

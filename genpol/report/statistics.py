@@ -261,7 +261,9 @@ def _of_metric(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def on_data(rows: pd.DataFrame) -> bool:
     """Return whether rows are those of runs that never stepped an environment to learn."""
-    return bool((rows["env_steps"] == 0).all() and (rows["gradient_steps"] > 0).any())
+    if "gradient_steps" not in rows or (rows["env_steps"] > 0).any():
+        return False
+    return bool((rows["gradient_steps"] > 0).any())
 
 
 def _align(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

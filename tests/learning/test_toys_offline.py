@@ -70,11 +70,16 @@ def test_cloning_keeps_both_modes():
 @pytest.mark.parametrize(
     ("name", "options", "enough"),
     [
-        ("iql", {}, 0.5),
+        pytest.param("iql", {}, 0.5, marks=pytest.mark.slow),
         ("fql", {"alpha": 0.3}, 0.5),
         ("qc", {"horizon": 1, "best_of": 8}, 0.55),
         ("qgf", {"horizon": 1, "guidance": GuidanceSettings(weight=1.0)}, 0.3),
-        ("qgf", {"horizon": 1, "guidance": GuidanceSettings(weight=1.0, best_of=4)}, 0.5),
+        pytest.param(
+            "qgf",
+            {"horizon": 1, "guidance": GuidanceSettings(weight=1.0, best_of=4)},
+            0.5,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_better_mode_is_found(name, options, enough):
@@ -99,7 +104,14 @@ def chain(draw, steps, *, right):
 
 
 @pytest.mark.parametrize(
-    ("horizon", "chunk", "distil"), [(1, 1, False), (3, 1, False), (3, 3, False), (3, 1, True)]
+    ("horizon", "chunk", "distil"),
+    [
+        (3, 1, True),
+        *(
+            pytest.param(*sizes, False, marks=pytest.mark.slow)
+            for sizes in ((1, 1), (3, 1), (3, 3))
+        ),
+    ],
 )
 def test_values_on_a_deterministic_chain_are_the_discounted_distance(horizon, chunk, distil):
     """One-step, n-step, chunked and decoupled learning agree, where each state comes once."""
@@ -110,7 +122,7 @@ def test_values_on_a_deterministic_chain_are_the_discounted_distance(horizon, ch
         "dqc",
         data,
         CHAIN,
-        600,
+        600 if horizon > 1 else 1800,
         horizon=horizon,
         chunk=chunk,
         distil=distil,

@@ -131,8 +131,8 @@ def test_through_the_remaining_steps_a_linear_value_shifts_by_their_product(std)
     expected = sum(f * x * x for f, x in zip(factors, later, strict=True)) / 10
     found = mean_and_std(gaussian_field(0.0, std, 10), linear(1.0), estimator="bptt")[0]
     assert found == pytest.approx(expected, rel=1e-9)
-    many = mean_and_std(gaussian_field(0.0, std, 1000), linear(1.0), 1000, estimator="bptt")[0]
-    assert many == pytest.approx(std * math.pi / 2, rel=0.02)
+    many = mean_and_std(gaussian_field(0.0, std, 100), linear(1.0), 100, estimator="bptt")[0]
+    assert many == pytest.approx(std * math.pi / 2, rel=0.1)
 
 
 def exact_end(x, t, mean, std):

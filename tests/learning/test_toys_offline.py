@@ -127,6 +127,7 @@ def test_values_on_a_deterministic_chain_are_the_discounted_distance(horizon, ch
         chunk=chunk,
         distil=distil,
         goals=GoalSettings(current=0.3, future=0.7, random=0.0),
+        backup_quantile=0.5,  # there is one action a state; a higher one follows the net's noise
         **FAST,
     )
     known = LENGTH - 1 - horizon  # states at which windows begin

@@ -225,7 +225,7 @@ def _finish(training: Training, make_env: EnvFactory, settings: TrainSettings, r
     last = evaluations.iloc[-1]
     sys.stdout.write(
         f"return {last.return_mean:.1f} over {int(last.episodes)} episodes after "
-        f"{training.env_steps:,} steps in {training.wall_clock_s / 60:.1f} minutes\n"
+        f"{training.steps:,} steps in {training.wall_clock_s / 60:.1f} minutes\n"
         f"evaluate with: genpol eval {run.path}\n"
     )
 

@@ -149,7 +149,7 @@ class DQC(OfflineAgent):
         self.critic = make(horizon=settings.horizon) if settings.distil else None
         self.partial = make(horizon=settings.chunk)
         self.averaged = copy.deepcopy(self.partial).requires_grad_(False)
-        self.guidance = settings.guidance
+        self.guidance, self.takes_guidance = settings.guidance, True
         self.state_value = StateValue(width, settings.critic, generator=self.generator)
         self.flow = make_denoiser(
             specs.observation_dim, action_dim, settings, self.generator, horizon=settings.chunk
@@ -212,12 +212,6 @@ class DQC(OfflineAgent):
     def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`: the live partial critics' logits."""
         return aggregate(self.partial(observation, chunk), self.settings.aggregate)
-
-    def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
-        """See :class:`~genpol.offline.OfflineAgent`."""
-        if critic is not None:
-            super().guide(guidance, critic)
-        self.guidance = guidance
 
 
 AGENT = DQC

@@ -11,19 +11,16 @@ Deviations: with ``horizon`` above 1 all of it works on chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from genpol import settings as check
 from genpol.agent import Specs
-from genpol.data.windows import WindowSpec
 from genpol.objectives.value_learning import advantage_weight
-from genpol.offline import OfflineAgent
-from genpol.offline.implicit_q import ImplicitQ, ImplicitQSettings
+from genpol.offline.implicit_q import ImplicitQAgent, ImplicitQSettings
 from genpol.offline.networks import ChunkNetwork
 
 
@@ -43,7 +40,7 @@ class Settings(ImplicitQSettings):
         check.positive("agent.max_weight", self.max_weight)
 
 
-class IQL(OfflineAgent):
+class IQL(ImplicitQAgent):
     """Implicit Q-learning, offline and then perhaps online.
 
     Args:
@@ -56,9 +53,7 @@ class IQL(OfflineAgent):
     settings: Settings
 
     def __init__(self, settings: Settings, specs: Specs, *, device: str, seed: int) -> None:
-        window = WindowSpec(steps=settings.horizon, gamma=settings.gamma)
-        super().__init__(settings, specs, window=window, device=device, seed=seed)
-        self.values = ImplicitQ(settings, specs, generator=self.generator)
+        super().__init__(settings, specs, device=device, seed=seed)
         self.actor = ChunkNetwork(
             specs.observation_dim,
             specs.action_dim,
@@ -85,14 +80,6 @@ class IQL(OfflineAgent):
             "loss/policy": policy.detach(),
             "policy/weight": weight.mean(),
         }
-
-    def averages(self) -> Iterable[tuple[nn.Module, nn.Module, float]]:
-        """See :class:`~genpol.offline.OfflineAgent`."""
-        yield self.values.averaged, self.values.critic, self.settings.polyak
-
-    def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
-        """See :class:`~genpol.offline.OfflineAgent`; the averaged critics are asked."""
-        return self.values.chunk_value(observation, chunk)
 
     @torch.no_grad()
     def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:

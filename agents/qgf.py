@@ -19,18 +19,16 @@ guidance of single actions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from genpol.agent import Specs
-from genpol.data.windows import WindowSpec
-from genpol.offline import FlowSettings, NetworkSettings, OfflineAgent, make_denoiser
+from genpol.offline import FlowSettings, NetworkSettings, make_denoiser
 from genpol.offline.behaviour import draw_noise, imitation_loss, sample_chunks
-from genpol.offline.implicit_q import ImplicitQ, ImplicitQSettings
+from genpol.offline.implicit_q import ImplicitQAgent, ImplicitQSettings
 from genpol.policies.guidance import GuidanceSettings
 
 
@@ -58,7 +56,7 @@ class Settings(FlowSettings, ImplicitQSettings):
     """How the critic bends the flow in acting."""
 
 
-class QGF(OfflineAgent):
+class QGF(ImplicitQAgent):
     """A flow guided by a critic, offline and then perhaps online.
 
     Args:
@@ -71,11 +69,9 @@ class QGF(OfflineAgent):
     settings: Settings
 
     def __init__(self, settings: Settings, specs: Specs, *, device: str, seed: int) -> None:
-        window = WindowSpec(steps=settings.horizon, gamma=settings.gamma)
-        super().__init__(settings, specs, window=window, device=device, seed=seed)
+        super().__init__(settings, specs, device=device, seed=seed)
         self.flow = make_denoiser(specs.observation_dim, specs.action_dim, settings, self.generator)
-        self.guidance = settings.guidance
-        self.values = ImplicitQ(settings, specs, generator=self.generator)
+        self.guidance, self.takes_guidance = settings.guidance, True
         self.begin(action_steps=settings.action_steps or settings.horizon)
 
     def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,20 +83,6 @@ class QGF(OfflineAgent):
             self.flow, observation, batch["action"], batch["valid"], self.generator
         )
         return total + imitation, metrics | more
-
-    def averages(self) -> Iterable[tuple[nn.Module, nn.Module, float]]:
-        """See :class:`~genpol.offline.OfflineAgent`."""
-        yield self.values.averaged, self.values.critic, self.settings.polyak
-
-    def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
-        """See :class:`~genpol.offline.OfflineAgent`; the averaged critics are asked."""
-        return self.values.chunk_value(observation, chunk)
-
-    def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
-        """See :class:`~genpol.offline.OfflineAgent`."""
-        if critic is not None:
-            super().guide(guidance, critic)
-        self.guidance = guidance
 
     def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`."""

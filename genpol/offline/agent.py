@@ -34,6 +34,7 @@ class OfflineAgent(DatasetAgent):
     Attributes:
         normalizer: Of observations; the identity unless the settings say otherwise.
         guidance: How a critic bends the samples of the policy, where it can.
+        takes_guidance: Whether it can: whether the policy's actions are samples of its model.
 
     Args:
         settings: Hyper-parameters.
@@ -63,6 +64,7 @@ class OfflineAgent(DatasetAgent):
         self.generator = torch.Generator(device).manual_seed(seed)
         self.normalizer = RunningNormalizer(specs.observation_dim)
         self.guidance = GuidanceSettings()
+        self.takes_guidance = False
         self._env_steps = 0
         self._updates_owed = 0.0
         self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
@@ -133,10 +135,14 @@ class OfflineAgent(DatasetAgent):
         Raises:
             ConfigError: If the policy takes no guidance, or not from that critic.
         """
-        raise ConfigError(
-            "guidance: bends the samples of a flow or diffusion model, with which this agent does "
-            "not act; bc, qc with policy=best_of, dqc and qgf do"
-        )
+        if not self.takes_guidance:
+            raise ConfigError(
+                "guidance: bends the samples of a flow or diffusion model, with which this agent "
+                "does not act; bc, qc with policy=best_of, dqc and qgf do"
+            )
+        if critic is not None:
+            raise ConfigError("guidance.critic: is for agent=bc; this agent asks its own critic")
+        self.guidance = guidance
 
     def averages(self) -> Iterable[tuple[nn.Module, nn.Module, float]]:
         """Yield averaged modules, what they follow, and the share that they take in."""

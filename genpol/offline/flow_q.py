@@ -90,6 +90,7 @@ class FlowQ(OfflineAgent):
         self.averaged = copy.deepcopy(self.critic).requires_grad_(False)
         self.flow = make_denoiser(*sizes, settings, generator)
         self.guidance = GuidanceSettings(best_of=settings.best_of)
+        self.takes_guidance = settings.policy == "best_of"
         self.actor: ChunkNetwork | None = None
         if settings.policy == "one_step":
             self.actor = ChunkNetwork(
@@ -151,12 +152,6 @@ class FlowQ(OfflineAgent):
         return sample_chunks(
             self.flow, observation, draws, value=self.value, guidance=self.guidance
         )
-
-    def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
-        """See :class:`~genpol.offline.OfflineAgent`; the flow is guided, not the one-step actor."""
-        if self.actor is not None or critic is not None:
-            super().guide(guidance, critic)
-        self.guidance = guidance
 
     def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
         """Return the live critics' mean ``[..., B]`` at chunks ``[..., B, H, A]``."""

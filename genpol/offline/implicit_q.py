@@ -7,6 +7,7 @@ actions of the data (equation 5), and Q regresses ``R + gamma^H m V(s_H)`` (equa
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from genpol import settings as check
 from genpol.agent import Specs
+from genpol.data.windows import WindowSpec
 from genpol.objectives.value_learning import AGGREGATES, aggregate, critic_loss, expectile_loss
+from genpol.offline.agent import OfflineAgent
 from genpol.offline.networks import Critic, StateValue
 from genpol.offline.settings import OfflineSettings
 
@@ -111,3 +114,30 @@ class ImplicitQ(nn.Module):
     def chunk_value(self, observation: Tensor, chunk: Tensor) -> Tensor:
         """Return the averaged ensemble's value ``[..., B]`` of chunks ``[..., B, H, A]``."""
         return aggregate(self.averaged(observation, chunk), self._how)
+
+
+class ImplicitQAgent(OfflineAgent):
+    """An agent whose values are learned implicitly, whatever policy it makes of them.
+
+    Args:
+        settings: Hyper-parameters.
+        specs: Sizes of the environment.
+        device: Where the networks live.
+        seed: Seed of weights and noise.
+    """
+
+    def __init__(
+        self, settings: ImplicitQSettings, specs: Specs, *, device: str, seed: int
+    ) -> None:
+        window = WindowSpec(steps=settings.horizon, gamma=settings.gamma)
+        super().__init__(settings, specs, window=window, device=device, seed=seed)
+        self.values = ImplicitQ(settings, specs, generator=self.generator)
+        self._polyak = settings.polyak
+
+    def averages(self) -> Iterable[tuple[nn.Module, nn.Module, float]]:
+        """See :class:`~genpol.offline.OfflineAgent`."""
+        yield self.values.averaged, self.values.critic, self._polyak
+
+    def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
+        """See :class:`~genpol.offline.OfflineAgent`; the averaged critics are asked."""
+        return self.values.chunk_value(observation, chunk)

@@ -353,6 +353,7 @@ def test_a_clone_wears_the_guidance_of_another_agents_critic():
         ("bc", "iql", "values chunks of 1 actions .* makes chunks of 5"),
         ("iql", None, "does not act"),
         ("fql", None, "does not act"),
+        ("qgf", "qgf", r"guidance\.critic: is for agent=bc"),
     ],
 )
 def test_guidance_that_does_not_fit_is_refused(name, critic, message):

@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from genpol import settings as check
@@ -26,8 +25,8 @@ from genpol.agent import Specs
 from genpol.data.goals import GoalSettings
 from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
-from genpol.offline import OfflineAgent, make_denoiser
-from genpol.offline.behaviour import draw_noise, imitation_loss, sample_chunks
+from genpol.offline import Draws, OfflineAgent, Windows, make_denoiser
+from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks
 from genpol.offline.settings import FlowSettings
 from genpol.policies.guidance import ClassifierFreePolicy, GuidanceSettings, Value
 
@@ -93,18 +92,22 @@ class BC(OfflineAgent):
         # A goal stands behind the observation, with a flag that tells whether it is given.
         width = specs.observation_dim + (goal_dim + 1 if goal_dim else 0)
         self.flow = make_denoiser(width, specs.action_dim, settings, self.generator)
-        self.begin(action_steps=settings.action_steps or settings.horizon, goal=goal_dim > 0)
+        self.begin(plan_steps=settings.horizon, goal=goal_dim > 0)
 
-    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, rows: int) -> Draws:
+        """See :class:`~genpol.offline.OfflineAgent`."""
+        generator, draws = self.generator, {}
+        if self._goal_dim:
+            draws["dropout"] = torch.rand(rows, 1, generator=generator, device=generator.device)
+        return draws | draw_imitation(self.flow, rows, self.specs.action_dim, generator)
+
+    def loss(self, batch: Windows, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~genpol.offline.OfflineAgent`."""
         observation = self.encode(batch["observation"])
         if self._goal_dim:
-            draw = torch.rand(len(batch), 1, generator=self.generator, device=observation.device)
-            given = (draw >= self.settings.goal_dropout).to(observation.dtype)
+            given = (draws["dropout"] >= self.settings.goal_dropout).to(observation.dtype)
             observation = torch.cat((observation, batch["goal"] * given, given), dim=-1)
-        return imitation_loss(
-            self.flow, observation, batch["action"], batch["valid"], self.generator
-        )
+        return imitation_loss(self.flow, observation, batch["action"], batch["valid"], draws)
 
     def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
         """See :class:`~genpol.offline.OfflineAgent`; the critic is another agent's."""
@@ -120,33 +123,32 @@ class BC(OfflineAgent):
             )
         self.guidance, self._guides = guidance, (critic,)
 
-    def act(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    def act(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`."""
         if not self._guides:
-            return super().act(observation, noise)
+            return super().act(observation, generator)
         (critic,) = self._guides
         seen = critic.encode(observation)
 
         def value(_: Tensor, chunk: Tensor) -> Tensor:
             return critic.value(seen, chunk)
 
+        noise = self.plan_noise(len(observation), generator)
         return self._plan(self.encode(observation), noise, value)
 
-    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    def plan(self, observation: Tensor, noise: Tensor) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`."""
         return self._plan(observation, noise, None)
 
     @torch.no_grad()
-    def _plan(self, observation: Tensor, noise: torch.Generator, value: Value | None) -> Tensor:
-        shape = (len(observation), self.settings.horizon, self.specs.action_dim)
-        draws = draw_noise(shape, self.guidance.best_of, noise)
+    def _plan(self, observation: Tensor, noise: Tensor, value: Value | None) -> Tensor:
         if not self._goal_dim:
-            return sample_chunks(self.flow, observation, draws, value=value, guidance=self.guidance)
+            return sample_chunks(self.flow, observation, noise, value=value, guidance=self.guidance)
         observation = torch.cat((observation, torch.ones_like(observation[:, :1])), dim=-1)
         model = ClassifierFreePolicy(
             self.flow, self._without_goal, weight=self.settings.goal_weight
         )
-        return sample_chunks(model, observation, draws, value=value, guidance=self.guidance)
+        return sample_chunks(model, observation, noise, value=value, guidance=self.guidance)
 
     def _without_goal(self, observation: Tensor) -> Tensor:
         state, goal = observation.split([self.specs.observation_dim, self._goal_dim + 1], dim=-1)

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from genpol import settings as check
@@ -57,7 +56,7 @@ from genpol.offline import (
     StateValue,
     make_denoiser,
 )
-from genpol.offline.behaviour import draw_noise, imitation_loss, sample_chunks
+from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks
 from genpol.policies.guidance import GuidanceSettings
 
 
@@ -154,9 +153,13 @@ class DQC(OfflineAgent):
         self.flow = make_denoiser(
             specs.observation_dim, action_dim, settings, self.generator, horizon=settings.chunk
         )
-        self.begin(action_steps=settings.action_steps or settings.chunk, goal=True)
+        self.begin(plan_steps=settings.chunk, goal=True)
 
-    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, rows: int) -> Draws:
+        """See :class:`~genpol.offline.OfflineAgent`."""
+        return draw_imitation(self.flow, rows, self.specs.action_dim, self.generator)
+
+    def loss(self, batch: Windows, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~genpol.offline.OfflineAgent`."""
         settings, goal, action = self.settings, batch["goal"], batch["action"]
         state = self.encode(batch["observation"])
@@ -171,7 +174,7 @@ class DQC(OfflineAgent):
         total, metrics = self._critic_loss(observation, action, logits, target)
         value = self.state_value(observation)
         backup = quantile_loss(value, bounded_logit(backed), settings.backup_quantile)
-        imitation, more = imitation_loss(self.flow, state, action, batch["valid"], self.generator)
+        imitation, more = imitation_loss(self.flow, state, action, batch["valid"], draws)
         return total + backup + imitation, metrics | more | {
             "loss/value": backup.detach(),
             "value/mean": value.detach().sigmoid().mean(),
@@ -198,16 +201,15 @@ class DQC(OfflineAgent):
         """See :class:`~genpol.offline.OfflineAgent`."""
         yield self.averaged, self.partial, self.settings.polyak
 
-    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def plan(self, observation: Tensor, noise: Tensor) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`."""
         state = observation[:, : self.specs.observation_dim]
-        shape = (len(observation), self.settings.chunk, self.specs.action_dim)
-        draws = draw_noise(shape, self.guidance.best_of, noise)
 
         def rank(_: Tensor, chunk: Tensor) -> Tensor:
             return self.value(observation, chunk)
 
-        return sample_chunks(self.flow, state, draws, value=rank, guidance=self.guidance)
+        return sample_chunks(self.flow, state, noise, value=rank, guidance=self.guidance)
 
     def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`: the live partial critics' logits."""

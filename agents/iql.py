@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.objectives.value_learning import advantage_weight
+from genpol.offline.agent import Draws, Windows
 from genpol.offline.implicit_q import ImplicitQAgent, ImplicitQSettings
 from genpol.offline.networks import ChunkNetwork
 
@@ -61,9 +61,9 @@ class IQL(ImplicitQAgent):
             settings.actor,
             generator=self.generator,
         )
-        self.begin(action_steps=settings.action_steps or settings.horizon)
+        self.begin(plan_steps=settings.horizon)
 
-    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Windows, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~genpol.offline.OfflineAgent`."""
         observation = self.encode(batch["observation"])
         after = self.encode(batch["next", "observation"])
@@ -81,9 +81,13 @@ class IQL(ImplicitQAgent):
             "policy/weight": weight.mean(),
         }
 
+    def plan_noise(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Return nothing; see :class:`~genpol.offline.OfflineAgent`."""
+        return torch.empty(0, device=generator.device)
+
     @torch.no_grad()
-    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
-        """See :class:`~genpol.offline.OfflineAgent`; no noise is drawn."""
+    def plan(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """See :class:`~genpol.offline.OfflineAgent`; the noise is not used."""
         mean: Tensor = self.actor(observation)
         return mean.clamp(-1.0, 1.0)
 

@@ -22,12 +22,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from genpol.agent import Specs
-from genpol.offline import FlowSettings, NetworkSettings, make_denoiser
-from genpol.offline.behaviour import draw_noise, imitation_loss, sample_chunks
+from genpol.offline import Draws, FlowSettings, NetworkSettings, Windows, make_denoiser
+from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks
 from genpol.offline.implicit_q import ImplicitQAgent, ImplicitQSettings
 from genpol.policies.guidance import GuidanceSettings
 
@@ -72,24 +71,27 @@ class QGF(ImplicitQAgent):
         super().__init__(settings, specs, device=device, seed=seed)
         self.flow = make_denoiser(specs.observation_dim, specs.action_dim, settings, self.generator)
         self.guidance, self.takes_guidance = settings.guidance, True
-        self.begin(action_steps=settings.action_steps or settings.horizon)
+        self.begin(plan_steps=settings.horizon)
 
-    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, rows: int) -> Draws:
+        """See :class:`~genpol.offline.OfflineAgent`."""
+        return draw_imitation(self.flow, rows, self.specs.action_dim, self.generator)
+
+    def loss(self, batch: Windows, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~genpol.offline.OfflineAgent`."""
         observation = self.encode(batch["observation"])
         after = self.encode(batch["next", "observation"])
         total, metrics = self.values.loss(observation, after, batch)
         imitation, more = imitation_loss(
-            self.flow, observation, batch["action"], batch["valid"], self.generator
+            self.flow, observation, batch["action"], batch["valid"], draws
         )
         return total + imitation, metrics | more
 
-    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def plan(self, observation: Tensor, noise: Tensor) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`."""
-        shape = (len(observation), self.settings.horizon, self.specs.action_dim)
-        draws = draw_noise(shape, self.guidance.best_of, noise)
         return sample_chunks(
-            self.flow, observation, draws, value=self.value, guidance=self.guidance
+            self.flow, observation, noise, value=self.value, guidance=self.guidance
         )
 
 

@@ -65,12 +65,19 @@ class EnsembleMLP(nn.Module):
                 INITIALISERS[self.init](member.T, generator)
             bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, input_dim]`` to ``[num_members, B, output_dim]``."""
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """Map ``[B, input_dim]`` to ``[num_members, B, output_dim]``.
+
+        Args:
+            x: The input.
+            frozen: Let no gradient reach the weights.
+        """
         activate = ACTIVATIONS[self.activation][0]
         hidden = x.expand(self.num_members, *x.shape)
         last = len(self.weights) - 1
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if frozen:
+                weight, bias = weight.detach(), bias.detach()
             hidden = torch.baddbmm(bias, hidden, weight)
             if index < last:
                 hidden = hidden_activation(hidden, activate, self.layer_norm)

@@ -1,6 +1,6 @@
 """What agents share that learn from a data set: networks, acting by plans, and the update."""
 
-from genpol.offline.agent import OfflineAgent
+from genpol.offline.agent import Draws, OfflineAgent, Windows
 from genpol.offline.networks import ChunkNetwork, Critic, StateValue, make_denoiser
 from genpol.offline.policy import PlanningPolicy
 from genpol.offline.settings import FlowSettings, NetworkSettings, OfflineSettings
@@ -8,11 +8,13 @@ from genpol.offline.settings import FlowSettings, NetworkSettings, OfflineSettin
 __all__ = [
     "ChunkNetwork",
     "Critic",
+    "Draws",
     "FlowSettings",
     "NetworkSettings",
     "OfflineAgent",
     "OfflineSettings",
     "PlanningPolicy",
     "StateValue",
+    "Windows",
     "make_denoiser",
 ]

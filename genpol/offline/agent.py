@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,20 @@ from genpol.agent import DatasetAgent, Specs
 from genpol.data.dataset import OfflineDataset
 from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
+from genpol.nn.compiling import compiled
 from genpol.nn.normalizer import RunningNormalizer
 from genpol.nn.optimizer import GuardedOptimizer
+from genpol.offline.behaviour import draw_noise
 from genpol.offline.policy import PlanningPolicy
 from genpol.offline.settings import OfflineSettings
 from genpol.policies.guidance import GuidanceSettings
 from genpol.seeding import derive
+
+Windows = Mapping[Any, Tensor]
+"""A batch of windows by key, that of the next observation being ``("next", "observation")``."""
+
+Draws = Mapping[str, Tensor]
+"""Random numbers by name."""
 
 
 class OfflineAgent(DatasetAgent):
@@ -28,6 +36,9 @@ class OfflineAgent(DatasetAgent):
     Losses that share no parameters are learned as if each had an optimiser of its own, because Adam
     treats every parameter alone. Averages take in the parameters from *before* the step, as the
     released codes of FQL, QC, DQC and QGF do; after the first update they are what they began as.
+
+    What is random is an argument of :meth:`loss` and :meth:`plan`, which are functions of tensors
+    and can be compiled.
 
     A subclass makes its networks and calls :meth:`begin` at the end of its constructor.
 
@@ -69,10 +80,17 @@ class OfflineAgent(DatasetAgent):
         self._updates_owed = 0.0
         self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
 
-    def begin(self, *, action_steps: int, goal: bool = False) -> None:
-        """Move all networks to their device, and make the optimiser and the policy that acts."""
+    def begin(self, *, plan_steps: int, goal: bool = False) -> None:
+        """Move all networks to their device, and make the optimiser and the policy that acts.
+
+        Args:
+            plan_steps: Actions H of a plan.
+            goal: Whether the policy is told the environment's goal.
+        """
         self.to(self.generator.device)
         settings = self.settings
+        self._plan_steps = plan_steps
+        self._compiled = compiled(self.loss, name="agent.compile") if settings.compile else None
         self._optimizer = GuardedOptimizer(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
             settings.learning_rate,
@@ -81,26 +99,44 @@ class OfflineAgent(DatasetAgent):
             patience=settings.nonfinite_patience,
         )
         self.policy = PlanningPolicy(
-            self, action_steps=action_steps, goal=goal, generator=self._acting
+            self,
+            action_steps=settings.action_steps or plan_steps,
+            goal=goal,
+            generator=self._acting,
         )
 
     @abstractmethod
-    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of all losses on windows ``[B]``, and metrics."""
+    def loss(self, batch: Windows, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of all losses, and metrics.
+
+        Args:
+            batch: Windows ``[B]``; see :class:`~genpol.data.windows.WindowSampler`.
+            draws: Of :meth:`draw`.
+        """
+
+    def draw(self, rows: int) -> Draws:
+        """Draw by name the random numbers that the losses of so many windows need."""
+        return {}
 
     @abstractmethod
-    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    def plan(self, observation: Tensor, noise: Tensor) -> Tensor:
         """Return chunks ``[B, H, A]`` within [-1, 1].
 
         Args:
             observation: As the networks see it, ``[B, d]``, with the goal behind it where there is
                 one.
-            noise: Source of whatever is drawn.
+            noise: Of :meth:`plan_noise`.
         """
 
-    def act(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    def plan_noise(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Draw what so many plans begin from, ``[rows, H, A]``, or ``[N, rows, H, A]`` where the
+        best of N is taken."""
+        shape = (rows, self._plan_steps, self.specs.action_dim)
+        return draw_noise(shape, self.guidance.best_of, generator)
+
+    def act(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         """Return :meth:`plan` for raw observations."""
-        return self.plan(self.encode(observation), noise)
+        return self.plan(self.encode(observation), self.plan_noise(len(observation), generator))
 
     def encode(self, observation: Tensor) -> Tensor:
         """Standardise raw observations ``[..., d]``; what stands behind them is left as it is."""
@@ -169,7 +205,8 @@ class OfflineAgent(DatasetAgent):
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Take one step on windows ``[B]``."""
         batch = batch.to(self.generator.device)
-        loss, metrics = self.loss(batch)
+        windows = dict(batch.items(include_nested=True, leaves_only=True))
+        loss, metrics = (self._compiled or self.loss)(windows, self.draw(len(batch)))
         with torch.no_grad():
             for slow, live, share in self.averages():
                 for average, new in zip(slow.parameters(), live.parameters(), strict=True):
@@ -177,10 +214,6 @@ class OfflineAgent(DatasetAgent):
         metrics |= self._optimizer.step(loss)
         self.gradient_steps += 1
         return metrics | {"loss": loss.detach()}
-
-    def noise(self, *shape: int) -> Tensor:
-        """Draw standard normal noise for training."""
-        return torch.randn(shape, generator=self.generator, device=self.generator.device)
 
     def training_state(self) -> dict[str, Any]:
         """Return optimiser, counters, generators, and the plans that are being carried out."""

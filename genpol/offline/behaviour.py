@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,15 @@ from torch import Tensor
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.guidance import (
-    BestOf,
     ClassifierFreePolicy,
     GuidanceSettings,
     GuidedPolicy,
+    Sampler,
     Value,
+    best_of,
 )
+
+_CHUNK_DIMS = 3  # of one chunk per row, [B, H, A]
 
 
 def imitation_loss(
@@ -23,7 +26,7 @@ def imitation_loss(
     observation: Tensor,
     chunk: Tensor,
     valid: Tensor,
-    generator: torch.Generator,
+    draws: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of cloning chunks where they are valid, and metrics.
 
@@ -32,18 +35,27 @@ def imitation_loss(
         observation: ``[B, d]``.
         chunk: ``[B, H', A]`` with ``H' >= H``, of which the first H actions are learned.
         valid: Which actions are, ``[B, H']``; others may be anything.
-        generator: Source of noise and times.
+        draws: Of :func:`draw_imitation`.
     """
     horizon = policy.horizon
     chunk, valid = chunk[:, :horizon], valid[:, :horizon].float()
-    noise = torch.randn(chunk.shape, generator=generator, device=generator.device)
     return policy.bc_loss(
         observation,
         _own(chunk, horizon),
-        _own(noise, horizon),
-        policy.draw_time((len(chunk),), generator),
+        _own(draws["imitation"], horizon),
+        draws["time"],
         weight=valid if horizon > 1 else valid.squeeze(-1),
     )
+
+
+def draw_imitation(
+    policy: FlowPolicy | DiffusionPolicy, rows: int, action_dim: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw noise ``[B, H, A]`` and times ``[B, 1]`` for :func:`imitation_loss`."""
+    return {
+        "imitation": draw_noise((rows, policy.horizon, action_dim), 1, generator),
+        "time": policy.draw_time((rows,), generator),
+    }
 
 
 def sample_chunks(
@@ -64,16 +76,17 @@ def sample_chunks(
         guidance: How the value bends the samples.
     """
     horizon = policy.horizon
-    own = _own(noise, horizon)
-    if value is None:
-        return _chunk(policy.sample(observation, own), horizon).clamp(-1.0, 1.0)
+    sampler: Sampler = policy
+    if value is not None and guidance is not None and guidance.weight > 0:
 
-    def valued(state: Tensor, action: Tensor) -> Tensor:
-        return value(state, _chunk(action, horizon))
+        def valued(state: Tensor, action: Tensor) -> Tensor:
+            return value(state, _chunk(action, horizon))
 
-    guidance = guidance or GuidanceSettings()
-    guided = GuidedPolicy(policy, valued, weight=guidance.weight, estimator=guidance.estimator)
-    return _chunk(BestOf(guided, valued).sample(observation, own), horizon).clamp(-1.0, 1.0)
+        sampler = GuidedPolicy(policy, valued, weight=guidance.weight, estimator=guidance.estimator)
+    chunks = _chunk(sampler.sample(observation, _own(noise, horizon)), horizon).clamp(-1.0, 1.0)
+    if value is None or noise.ndim == _CHUNK_DIMS:
+        return chunks
+    return best_of(chunks, value(observation, chunks))
 
 
 def draw_noise(shape: Sequence[int], number: int, generator: torch.Generator) -> Tensor:

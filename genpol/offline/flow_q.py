@@ -18,15 +18,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.data.windows import WindowSpec
 from genpol.objectives.value_learning import AGGREGATES, aggregate, critic_loss, flow_q_loss
-from genpol.offline.agent import OfflineAgent
-from genpol.offline.behaviour import draw_noise, imitation_loss, sample_chunks
+from genpol.offline.agent import Draws, OfflineAgent, Windows
+from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks
 from genpol.offline.networks import ChunkNetwork, Critic, make_denoiser
 from genpol.offline.settings import FlowSettings
 from genpol.policies.guidance import GuidanceSettings
@@ -89,34 +88,44 @@ class FlowQ(OfflineAgent):
         )
         self.averaged = copy.deepcopy(self.critic).requires_grad_(False)
         self.flow = make_denoiser(*sizes, settings, generator)
-        self.guidance = GuidanceSettings(best_of=settings.best_of)
         self.takes_guidance = settings.policy == "best_of"
+        if self.takes_guidance:
+            self.guidance = GuidanceSettings(best_of=settings.best_of)
         self.actor: ChunkNetwork | None = None
         if settings.policy == "one_step":
             self.actor = ChunkNetwork(
                 *sizes, settings.horizon, settings.actor, noise=True, generator=generator
             )
-        self.begin(action_steps=settings.action_steps or settings.horizon)
+        self.begin(plan_steps=settings.horizon)
 
-    def loss(self, batch: TensorDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, rows: int) -> Draws:
+        """See :class:`~genpol.offline.OfflineAgent`."""
+        generator = self.generator
+        draws = {"next": self.plan_noise(rows, generator)}
+        draws |= draw_imitation(self.flow, rows, self.specs.action_dim, generator)
+        if self.actor is not None:
+            draws["policy"] = self.plan_noise(rows, generator)
+        return draws
+
+    def loss(self, batch: Windows, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~genpol.offline.OfflineAgent`."""
         observation = self.encode(batch["observation"])
-        total, metrics = self._critic_loss(batch, observation)
+        total, metrics = self._critic_loss(batch, observation, draws["next"])
         imitation, more = imitation_loss(
-            self.flow, observation, batch["action"], batch["valid"], self.generator
+            self.flow, observation, batch["action"], batch["valid"], draws
         )
         total, metrics = total + imitation, metrics | more
         if self.actor is not None:
-            loss, more = self._actor_loss(self.actor, observation)
+            loss, more = self._actor_loss(self.actor, observation, draws["policy"])
             total, metrics = total + loss, metrics | more
         return total, metrics
 
     def _critic_loss(
-        self, batch: TensorDict, observation: Tensor
+        self, batch: Windows, observation: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             after = self.encode(batch["next", "observation"])
-            values = self.averaged(after, self.plan(after, self.generator))
+            values = self.averaged(after, self.plan(after, noise))
             following = aggregate(values, self.settings.aggregate)
             target = batch["reward"] + batch["discount"] * following
         values = self.critic(observation, batch["action"])
@@ -124,16 +133,14 @@ class FlowQ(OfflineAgent):
         return loss, {"loss/critic": loss.detach(), "value/mean": values.detach().mean()}
 
     def _actor_loss(
-        self, actor: ChunkNetwork, observation: Tensor
+        self, actor: ChunkNetwork, observation: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.settings
-        noise = draw_noise(self._chunks(observation), 1, self.generator)
         with torch.no_grad():
             flow_action = sample_chunks(self.flow, observation, noise)
         action = actor(observation, noise)
-        self.critic.requires_grad_(False)  # only the gradient of the action is wanted
-        values = self.critic(observation, action.clamp(-1.0, 1.0))
-        self.critic.requires_grad_(True)
+        # Of the critics only the gradient of the action is wanted.
+        values = self.critic(observation, action.clamp(-1.0, 1.0), frozen=True)
         return flow_q_loss(
             action, flow_action, values, alpha=settings.alpha, normalize=settings.normalize_q
         )
@@ -143,20 +150,16 @@ class FlowQ(OfflineAgent):
         yield self.averaged, self.critic, self.settings.polyak
 
     @torch.no_grad()
-    def plan(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    def plan(self, observation: Tensor, noise: Tensor) -> Tensor:
         """See :class:`~genpol.offline.OfflineAgent`."""
         if self.actor is not None:
-            chunk: Tensor = self.actor(observation, draw_noise(self._chunks(observation), 1, noise))
+            chunk: Tensor = self.actor(observation, noise)
             return chunk.clamp(-1.0, 1.0)
-        draws = draw_noise(self._chunks(observation), self.guidance.best_of, noise)
         return sample_chunks(
-            self.flow, observation, draws, value=self.value, guidance=self.guidance
+            self.flow, observation, noise, value=self.value, guidance=self.guidance
         )
 
     def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
         """Return the live critics' mean ``[..., B]`` at chunks ``[..., B, H, A]``."""
         mean: Tensor = self.critic(observation, chunk).mean(0)
         return mean
-
-    def _chunks(self, observation: Tensor) -> tuple[int, int, int]:
-        return len(observation), self.settings.horizon, self.specs.action_dim

@@ -11,14 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.data.windows import WindowSpec
 from genpol.objectives.value_learning import AGGREGATES, aggregate, critic_loss, expectile_loss
-from genpol.offline.agent import OfflineAgent
+from genpol.offline.agent import OfflineAgent, Windows
 from genpol.offline.networks import Critic, StateValue
 from genpol.offline.settings import OfflineSettings
 
@@ -81,7 +80,7 @@ class ImplicitQ(nn.Module):
         self._how = settings.aggregate
 
     def loss(
-        self, observation: Tensor, after: Tensor, batch: TensorDict
+        self, observation: Tensor, after: Tensor, batch: Windows
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of both losses, and metrics.
 

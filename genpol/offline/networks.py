@@ -41,17 +41,18 @@ class Critic(nn.Module):
         width = observation_dim + horizon * action_dim
         self.net = EnsembleMLP(num_members, width, 1, **_layers(settings, generator))
 
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+    def forward(self, observation: Tensor, action: Tensor, *, frozen: bool = False) -> Tensor:
         """Return ``[K, ..., B]``.
 
         Args:
             observation: ``[B, d]``.
             action: ``[..., B, H, A]``: any number of chunks for each observation.
+            frozen: Let no gradient reach the weights.
         """
         flat = action.flatten(-2)
         observation = observation.expand(*flat.shape[:-1], observation.shape[-1])
         together = torch.cat((observation, flat), dim=-1)
-        values: Tensor = self.net(together.flatten(0, -2)).squeeze(-1)
+        values: Tensor = self.net(together.flatten(0, -2), frozen=frozen).squeeze(-1)
         return values.unflatten(-1, flat.shape[:-1])
 
 

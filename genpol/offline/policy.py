@@ -15,7 +15,7 @@ from genpol.agent import StatefulPolicy
 class Planner(Protocol):
     """Makes chunks of actions."""
 
-    def act(self, observation: Tensor, noise: torch.Generator) -> Tensor:
+    def act(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         """Return chunks ``[B, H, A]`` within [-1, 1] for raw observations ``[B, d]``."""
         ...
 

@@ -73,6 +73,8 @@ class OfflineSettings:
     """Environment steps that are collected before the first update on them."""
     nonfinite_patience: int = 10
     """Non-finite losses in a row that stop the run."""
+    compile: bool = False
+    """Whether the losses are compiled, which costs a minute or two at the start of every run."""
 
     def __post_init__(self) -> None:
         """Refuse values out of bounds."""

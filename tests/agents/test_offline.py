@@ -54,6 +54,11 @@ def heard(agent, loss):
     return {name.split(".")[0] for (name, _), g in pairs if g is not None and (g != 0).any()}
 
 
+def loss_of(agent, batch):
+    """Return an agent's loss and metrics, with what it draws."""
+    return agent.loss(batch, agent.draw(len(batch)))
+
+
 def horizon_of(name):
     return {"bc": 1, "iql": 1, "fql": 1, "qc": 5, "dqc": 25, "qgf": 5}[name]
 
@@ -106,7 +111,7 @@ def test_masked_actions_may_be_anything(name):
     for rows in (batch, other):
         again = copy.deepcopy(agent)
         again.generator = torch.Generator().manual_seed(3)
-        losses.append(again.loss(rows)[0])
+        losses.append(loss_of(again, rows)[0])
     if name != "dqc":  # its windows are whole
         torch.testing.assert_close(*losses)
 
@@ -192,16 +197,31 @@ def test_goals_must_come_from_the_environment(name, options):
         agents.make(name, settings, Specs(observation_dim=3, action_dim=2, num_envs=1), seed=0)
 
 
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_compiled_loss_is_the_loss(name):
+    agent, batch = make(name), windows(horizon_of(name))
+    draws = agent.draw(BATCH)
+    fast = torch.compile(agent.loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    rows = dict(batch.items(include_nested=True, leaves_only=True))
+    parameters = [x for x in agent.parameters() if x.requires_grad]
+    results = []
+    for loss in (agent.loss, fast):
+        total, _ = loss(rows, draws)
+        results.append((total, *torch.autograd.grad(total, parameters)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # --- FQL and QC --------------------------------------------------------------------------------
 
 
 def test_each_loss_of_fql_is_heard_by_its_own_network():
     agent, batch = make("fql", alpha=2.0), windows(1)
     observation = batch["observation"]
-    assert heard(agent, agent._critic_loss(batch, observation)[0]) == {"critic"}
-    assert heard(agent, agent._actor_loss(agent.actor, observation)[0]) == {"actor"}
-    assert all(x.requires_grad for x in agent.critic.parameters())
-    total, _ = agent.loss(batch)
+    noise = agent.draw(BATCH)["policy"]
+    assert heard(agent, agent._critic_loss(batch, observation, noise)[0]) == {"critic"}
+    assert heard(agent, agent._actor_loss(agent.actor, observation, noise)[0]) == {"actor"}
+    total, _ = loss_of(agent, batch)
     assert heard(agent, total) == {"critic", "actor", "flow"}
 
 
@@ -211,14 +231,13 @@ def test_the_critics_target_is_the_averaged_mean_at_the_policys_action():
     weight[2] = 0.0
     batch = windows(1, weight=weight)
     agent.averaged.load_state_dict(make("fql", seed=9).critic.state_dict())
-    state = agent.generator.get_state()
-    chunk = agent.plan(batch["next", "observation"], agent.generator)
-    agent.generator.set_state(state)
+    noise = agent.draw(BATCH)["next"]
+    chunk = agent.plan(batch["next", "observation"], noise)
     following = agent.averaged(batch["next", "observation"], chunk).mean(0)
     target = batch["reward"] + batch["discount"] * following
     error = (agent.critic(batch["observation"], batch["action"]) - target).square()
     expected = (error * weight).mean()
-    found = agent._critic_loss(batch, batch["observation"])[0]
+    found = agent._critic_loss(batch, batch["observation"], noise)[0]
     torch.testing.assert_close(found, expected)
 
 
@@ -237,16 +256,16 @@ def test_the_live_critic_chooses_and_the_averaged_one_evaluates():
             return (self.sign * action[..., 0, 0]).unsqueeze(0)
 
     agent.critic, agent.averaged = Likes(1.0), Likes(-1.0)
-    chunk = agent.plan(batch["next", "observation"], torch.Generator().manual_seed(0))
+    noise = agent.draw(BATCH)["next"]
+    assert noise.shape == (8, BATCH, 2, ACTIONS)
+    chunk = agent.plan(batch["next", "observation"], noise)
     one = make("qc", horizon=2, best_of=1)
-    plain = one.plan(batch["next", "observation"], torch.Generator().manual_seed(0))
+    plain = one.plan(batch["next", "observation"], noise[0])
     assert chunk[:, 0, 0].mean() > plain[:, 0, 0].mean() + 0.1
-    state = agent.generator.get_state()
-    best = agent.plan(batch["next", "observation"], agent.generator)[:, 0, 0]
-    agent.generator.set_state(state)
-    target = batch["reward"] - batch["discount"] * best
+    target = batch["reward"] - batch["discount"] * chunk[:, 0, 0]
     expected = (batch["action"][:, 0, 0] - target).square().mean()
-    torch.testing.assert_close(agent._critic_loss(batch, batch["observation"])[0], expected)
+    found = agent._critic_loss(batch, batch["observation"], noise)[0]
+    torch.testing.assert_close(found, expected)
 
 
 def test_chunks_of_one_are_fql():
@@ -271,7 +290,7 @@ def test_each_loss_of_implicit_q_is_heard_by_its_own_network():
         gradients = torch.autograd.grad(total, list(part.parameters()), retain_graph=True)
         assert any((g != 0).any() for g in gradients)
     assert heard(agent, total) == {"values"}
-    whole, _ = agent.loss(batch)
+    whole, _ = loss_of(agent, batch)
     assert heard(agent, whole) == {"values", "actor"}
 
 
@@ -291,7 +310,7 @@ def test_better_actions_are_cloned_with_more_weight():
     advantage = agent.values.advantage(batch["observation"], batch["action"])
     error = (agent.actor(batch["observation"]) - batch["action"]).square().sum((1, 2)) / 2
     expected = ((2.0 * advantage).exp().clamp(max=100.0) * error).mean()
-    torch.testing.assert_close(agent.loss(batch)[1]["loss/policy"], expected.detach())
+    torch.testing.assert_close(loss_of(agent, batch)[1]["loss/policy"], expected.detach())
 
 
 def test_cloning_never_hears_of_the_critic():
@@ -299,7 +318,7 @@ def test_cloning_never_hears_of_the_critic():
     gradients = []
     for reward in (batch["reward"], batch["reward"] * 100):
         agent = make("qgf")
-        total, _ = agent.loss(windows(5, reward=reward))
+        total, _ = loss_of(agent, windows(5, reward=reward))
         gradients.append(torch.autograd.grad(total, list(agent.flow.parameters())))
     assert all(map(torch.equal, *gradients))
 
@@ -369,7 +388,7 @@ DQC = {"horizon": 4, "chunk": 2}
 
 def test_each_loss_of_dqc_is_heard_by_its_own_network():
     agent, batch = make("dqc", **DQC), windows(4)
-    assert heard(agent, agent.loss(batch)[0]) == {"critic", "partial", "state_value", "flow"}
+    assert heard(agent, loss_of(agent, batch)[0]) == {"critic", "partial", "state_value", "flow"}
     observation = torch.cat((batch["observation"], batch["goal"]), -1)
     logits = agent.partial(observation, batch["action"][:, :2])
     target = torch.rand(BATCH)
@@ -383,7 +402,7 @@ def test_targets_of_dqc_are_probabilities():
         for parameter in agent.parameters():
             parameter.data.mul_(20.0)
         reward = torch.ones(BATCH)
-        metrics = agent.loss(windows(4, reward=reward))[1]
+        metrics = loss_of(agent, windows(4, reward=reward))[1]
         assert 0.0 <= metrics["value/target"] <= 1.0
         assert all(torch.isfinite(x) for x in metrics.values())
 
@@ -412,7 +431,7 @@ def test_the_flow_of_dqc_is_not_told_the_goal():
     for rows in (batch, other):
         again = copy.deepcopy(agent)
         again.generator = torch.Generator().manual_seed(3)
-        losses.append(again.loss(rows)[1]["loss/bc"])
+        losses.append(loss_of(again, rows)[1]["loss/bc"])
     assert torch.equal(*losses)
     plans = [
         agent.act(
@@ -437,7 +456,7 @@ def test_without_chunk_critics_the_partial_ones_learn_the_return():
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         agent.partial(observation, batch["action"]), y.expand(2, -1)
     )
-    torch.testing.assert_close(agent.loss(batch)[1]["loss/critic"], expected.detach())
+    torch.testing.assert_close(loss_of(agent, batch)[1]["loss/critic"], expected.detach())
 
 
 # --- cloning -----------------------------------------------------------------------------------
@@ -449,7 +468,7 @@ def test_goals_are_left_out_of_their_share_of_rows():
     loss = agent.flow.bc_loss
     agent.flow.bc_loss = lambda s, *rest, **more: seen.append(s) or loss(s, *rest, **more)
     for seed in range(300):
-        agent.loss(windows(1, seed))
+        loss_of(agent, windows(1, seed))
     rows = torch.cat(seen)
     given, goal = rows[:, -1], rows[:, WIDTH:-1]
     assert given.mean().item() == pytest.approx(0.75, abs=0.03)

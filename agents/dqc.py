@@ -50,10 +50,12 @@ from genpol.objectives.value_learning import (
 )
 from genpol.offline import (
     Critic,
+    Draws,
     FlowSettings,
     NetworkSettings,
     OfflineAgent,
     StateValue,
+    Windows,
     make_denoiser,
 )
 from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks

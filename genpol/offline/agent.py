@@ -129,8 +129,7 @@ class OfflineAgent(DatasetAgent):
         """
 
     def plan_noise(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Draw what so many plans begin from, ``[rows, H, A]``, or ``[N, rows, H, A]`` where the
-        best of N is taken."""
+        """Draw what so many plans begin from: ``[rows, H, A]``, or N of them ``[N, rows, H, A]``."""
         shape = (rows, self._plan_steps, self.specs.action_dim)
         return draw_noise(shape, self.guidance.best_of, generator)
 

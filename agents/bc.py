@@ -115,11 +115,15 @@ class BC(OfflineAgent):
             raise ConfigError(
                 "guidance: behaviour cloning has no critic; add guidance.critic=<run of iql or qgf>"
             )
-        horizon, own = critic.settings.horizon, self.settings.horizon
-        if critic.specs != self.specs or horizon != own:
+        theirs, own = _kind(critic), _kind(self)
+        if theirs != own:
             raise ConfigError(
-                f"guidance.critic: values chunks of {horizon} actions in {critic.specs}, this "
-                f"agent makes chunks of {own} in {self.specs}; train both alike"
+                f"guidance.critic: values {theirs}, but this agent makes {own}; train both alike"
+            )
+        if critic.told_goal and not self.told_goal:
+            raise ConfigError(
+                "guidance.critic: its values are of a goal, which this agent is not told; train it "
+                "with agent.goal_conditioned=true"
             )
         self.guidance, self._guides = guidance, (critic,)
 
@@ -128,7 +132,8 @@ class BC(OfflineAgent):
         if not self._guides:
             return super().act(observation, generator)
         (critic,) = self._guides
-        seen = critic.encode(observation)
+        width = None if critic.told_goal else self.specs.observation_dim
+        seen = critic.encode(observation[..., :width])
 
         def value(_: Tensor, chunk: Tensor) -> Tensor:
             return critic.value(seen, chunk)
@@ -153,6 +158,14 @@ class BC(OfflineAgent):
     def _without_goal(self, observation: Tensor) -> Tensor:
         state, goal = observation.split([self.specs.observation_dim, self._goal_dim + 1], dim=-1)
         return torch.cat((state, torch.zeros_like(goal)), dim=-1)
+
+
+def _kind(agent: OfflineAgent) -> str:
+    specs = agent.specs
+    return (
+        f"chunks of {agent.plan_steps} actions of width {specs.action_dim} at observations of "
+        f"width {specs.observation_dim}"
+    )
 
 
 AGENT = BC

@@ -8,7 +8,8 @@ on chunks.
 
 See :mod:`genpol.offline.flow_q` for the losses.
 
-Deviations: as in ``agent=fql``.
+Deviations: as in ``agent=fql``. Published on OGBench: ``best_of`` 32 (puzzle-3x3 64), QC-FQL's
+``alpha`` 300 for up to two cubes, scenes and puzzles, 100 for three and four cubes.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ kinds of environments, both of which end an episode (``terminated``) at success:
   one that solved the task. ``success_timing=post`` judges the next state, as versions before 1.2.0
   did, with which FQL (1.1.0) and QC (1.1.2) were published.
 - A goal-conditioned environment shows a task as its ``goal``, the oracle representation (positions
-  of cubes, states of buttons, ...), and rewards with 1 at success and 0 elsewhere; it judges the
-  next state in all versions. Its tasks can be fixed or come in turn.
+  of cubes, states of buttons, ...), that of the present state as ``achieved_goal``, and rewards
+  with 1 at success and 0 elsewhere; it judges the next state in all versions. Its tasks can be
+  fixed or come in turn.
 
 ``success`` says whether the task was solved, by the rule above. The time limits are OGBench's.
 """
@@ -57,7 +58,11 @@ def make_ogbench(
         observation_keys=lambda env: ["observation"],
         render=lambda env, height, width: env._env.draw(height, width),
         extras={"success": torch.bool}
-        | ({"goal": torch.float32} if settings.goal_conditioned else {}),
+        | (
+            dict.fromkeys(("goal", "achieved_goal"), torch.float32)
+            if settings.goal_conditioned
+            else {}
+        ),
         indexed=True,
     )
     return TorchrlEnv(
@@ -124,7 +129,10 @@ class Task(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             "observation": observation.astype(np.float32),
             "success": np.array([success], np.float32),
         }
-        return output | ({"goal": self._goal} if self._settings.goal_conditioned else {})
+        if self._settings.goal_conditioned:
+            achieved = self.simulation.compute_oracle_observation()
+            output |= {"goal": self._goal, "achieved_goal": achieved.astype(np.float32)}
+        return output
 
     def draw(self, height: int, width: int) -> np.ndarray:
         """Draw it as ``uint8 [height, width, 3]``."""

@@ -27,7 +27,8 @@ class Specs:
         action_dim: Width of the action.
         num_envs: Environments that are stepped together.
         num_rewards: Terms of the reward.
-        goal_dim: Width of the goal that comes with every observation; 0 for none.
+        goal_dim: Width of the goal that comes with every observation under `goal`, beside the one
+            that the state has achieved under `achieved_goal`; 0 for none.
         group_size: Neighbouring environments that set out from one state together; 1 for none.
         group_steps: Actions after which they do so again.
         action_repeat: Environment steps for which each action is held. Budgets and schedules in

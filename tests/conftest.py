@@ -64,6 +64,7 @@ class ToyEnv(EnvBase):
         )
         if goal is not None:
             self.observation_spec["goal"] = Unbounded((n, action_dim))
+            self.observation_spec["achieved_goal"] = Unbounded((n, action_dim))
             self.observation_spec["success"] = Binary(1, **flag)
         self.action_spec = Bounded(-1.0, 1.0, (n, action_dim))
         self.reward_spec = Unbounded((n, 1))
@@ -130,6 +131,7 @@ class ToyEnv(EnvBase):
         seen = {"observation": self.x.clone()}
         if self._goal is not None:
             seen["goal"] = torch.full_like(self.x, self._goal)
+            seen["achieved_goal"] = self.x.clone()
             seen["success"] = ((self.x - self._goal).abs() < 0.1).all(-1, keepdim=True)
         return seen
 

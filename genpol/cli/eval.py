@@ -28,6 +28,7 @@ Policies that are flows or diffusion models can be guided without training anew:
   guidance.best_of=4          of so many samples take the critic's favourite
   guidance.estimator=denoised where the gradient is taken (see genpol.policies.guidance)
   guidance.critic=<run>       ask another run's critic, for a cloned policy that has none
+  agent.goal_weight=2         exaggerate the goal of a clone that was told one (classifier-free)
 
 examples:
   genpol eval runs/HopperStand/gorl/20261122-101500-s0
@@ -148,8 +149,7 @@ def _parse(key: str, value: str) -> Any:
 
 def _print(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        finite = {k: None if v != v else v for k, v in summary.items()}  # JSON has no NaN
-        sys.stdout.write(json.dumps(finite) + "\n")
+        sys.stdout.write(json.dumps(_without_nan(summary)) + "\n")
         return
     from rich.console import Console
     from rich.table import Table
@@ -163,6 +163,15 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
         shown = f"{value:.{_decimals(name)}f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     Console().print(table)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return ``value`` with ``None`` for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(x) for x in value]
+    return None if value != value else value
 
 
 def _decimals(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,8 @@ def choose(
         summary = evaluate(weight).summary()
         rows.append({"weight": weight, **summary})
     column = "success_mean" if "success_mean" in rows[0] else "return_mean"
-    best = max(rows, key=lambda row: row[column])
+    sound = [row for row in rows if math.isfinite(row[column])] or rows
+    best = max(sound, key=lambda row: row[column])
     return best["weight"], rows
 
 

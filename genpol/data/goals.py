@@ -62,7 +62,8 @@ def draw_goals(
     Args:
         rows: The states, ``[B]``.
         last: The furthest row that may be a goal in each one's trajectory, ``[B]``.
-        anywhere: Rows drawn from the whole data set, ``[B]``, for random goals.
+        anywhere: Rows drawn from the whole data set, ``[B]``, for random goals; -1, a state from
+            elsewhere, is passed on.
         settings: The mixture.
         generator: Source of the draws.
     """

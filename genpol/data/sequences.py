@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from genpol.data.goals import draw_goals, relabel
 from genpol.data.windows import WindowSampler, WindowSpec, discounted
 from genpol.errors import ConfigError
 
@@ -21,18 +22,21 @@ class SequenceReplay:
 
     Windows are drawn uniformly over both together: offline data are one part of the buffer, as in
     QC and FQL, and their share shrinks as more is collected. Batches are those of
-    :class:`~genpol.data.windows.WindowSampler`; a window ends with its episode. Steps whose physics
-    diverged are not valid.
+    :class:`~genpol.data.windows.WindowSampler`, on the CPU; a window ends with its episode. Steps
+    whose physics diverged are not valid.
+
+    Windows with goals begin where more than H steps of their episode are held. Future goals are
+    what it achieved later on (``achieved_goal``), random ones come from everywhere.
 
     Args:
         spec: The windows.
         capacity: Transitions held; older ones are overwritten.
         num_envs: Environments that are stepped together.
         seed: Seed of the draws.
-        offline: What else to draw from.
+        offline: What else to draw from; windows with goals need it.
 
     Raises:
-        ConfigError: If the windows have goals, which only a data set states, or do not fit in.
+        ConfigError: If the windows do not fit in.
     """
 
     def __init__(
@@ -44,11 +48,6 @@ class SequenceReplay:
         seed: int,
         offline: WindowSampler | None = None,
     ) -> None:
-        if spec.goals is not None:
-            raise ConfigError(
-                "online_steps > 0: this agent learns from goals that only a data set states; set "
-                "online_steps=0"
-            )
         self.spec = spec
         self._times = capacity // num_envs
         if self._times < spec.steps:
@@ -58,55 +57,138 @@ class SequenceReplay:
             )
         self._num_envs = num_envs
         self._offline = offline
+        self._num_offline = 0 if offline is None else offline.num_starts
         self._generator = torch.Generator().manual_seed(seed)
+        self._keys = _KEYS + ("achieved_goal",) * (spec.goals is not None)
         self._rows: dict[str, Tensor] = {}
         self._written = 0
+        # The number of the last step of each held step's episode; -1 while that goes on.
+        self._ends = torch.full((self._times, num_envs), -1)
 
     def __len__(self) -> int:
         """Return how many collected transitions it holds."""
-        return min(self._written, self._times) * self._num_envs
+        return self._held * self._num_envs
+
+    @property
+    def _held(self) -> int:
+        return min(self._written, self._times)
 
     @property
     def num_starts(self) -> int:
-        """Collected steps at which a window may begin."""
-        held = min(self._written, self._times)
-        return max(0, held - self.spec.steps + 1) * self._num_envs
+        """Collected steps with H steps of the same environment from there on."""
+        return max(0, self._held - self.spec.steps + 1) * self._num_envs
 
     def extend(self, rollout: TensorDict) -> None:
-        """Add a rollout ``[num_envs, time]`` that goes on where the last one ended."""
-        new = {name: rollout[name] for name in _KEYS}
-        new |= {f"next_{name}": rollout["next", name] for name in _AFTER}
+        """Add a rollout ``[num_envs, time]`` that goes on where the last one ended.
+
+        Where its first step begins an episode, the one before was cut, as by a resumption.
+        """
+        new = {name: rollout[name].cpu() for name in self._keys}
+        new |= {f"next_{name}": rollout["next", name].cpu() for name in _AFTER}
         steps = rollout.shape[1]
         if not self._rows:
             self._rows = {
                 name: x.new_zeros((self._times, self._num_envs, *x.shape[2:]))
                 for name, x in new.items()
             }
+        elif self._written:
+            last = (self._written - 1) % self._times
+            self._rows["next_done"][last] |= rollout["is_init"][:, 0].cpu()
+            self._note_ends(self._written - 1, 1)
         skipped = max(0, steps - self._times)
         at = torch.arange(self._written + skipped, self._written + steps) % self._times
         for name, x in new.items():
             self._rows[name][at] = x.transpose(0, 1)[skipped:]
+        self._ends[at] = -1
         self._written += steps
+        self._note_ends(self._written - len(at), len(at))
+
+    def _note_ends(self, first: int, number: int) -> None:
+        """Write down where the episodes end that end within these steps."""
+        at = torch.arange(first, first + number) % self._times
+        for step, env in self._rows["next_done"][at].squeeze(-1).nonzero().tolist():
+            end = first + step
+            held = torch.arange(max(0, end + 1 - self._times), end + 1) % self._times
+            self._ends[held[self._ends[held, env] == -1], env] = end
 
     def sample(self, size: int) -> TensorDict:
         """Return windows ``[size]``, from the data set and from what was collected."""
-        offline = self._offline.num_starts if self._offline is not None else 0
-        index = torch.randint(offline + self.num_starts, (size,), generator=self._generator)
-        parts = []
-        if self._offline is not None:
-            parts.append(self._offline.at(index[index < offline]))
-        parts.append(self._at(index[index >= offline] - offline))
-        filled = [part for part in parts if len(part) > 0]
-        batch: TensorDict = torch.cat(filled) if len(filled) > 1 else filled[0]
+        index = self._draw(size)
+        # The data set's first: so do the parts stand in the batch.
+        index = torch.cat((index[index < self._num_offline], index[index >= self._num_offline]))
+        if self.spec.goals is not None:
+            return self._with_goals(index, self._draw(size))
+        return self._joined(index, None, None)
+
+    def _draw(self, size: int) -> Tensor:
+        """Return numbers of windows; those of the data set come first."""
+        number = self._num_offline + self.num_starts
+        index = torch.randint(number, (size,), generator=self._generator)
+        while self.spec.goals is not None:
+            short = ~self._long_enough(index)
+            if not short.any():
+                break
+            again = torch.randint(number, (int(short.sum()),), generator=self._generator)
+            index[short] = again
+        return index
+
+    def _long_enough(self, index: Tensor) -> Tensor:
+        """Return whether more than H steps of the episode are left where windows begin."""
+        start, env = self._place(index.clamp_min(self._num_offline))
+        return (index < self._num_offline) | (start + self.spec.steps <= self._end(start, env))
+
+    def _place(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return step and environment where collected windows begin."""
+        index = index - self._num_offline
+        oldest = self._written - self._held
+        return oldest + index // self._num_envs, index % self._num_envs
+
+    def _end(self, start: Tensor, env: Tensor) -> Tensor:
+        """Return the last step of each step's episode so far."""
+        end = self._ends[start % self._times, env]
+        return torch.where(end == -1, self._written - 1, end)
+
+    def _with_goals(self, index: Tensor, anywhere: Tensor) -> TensorDict:
+        """Return windows whose random goals are states of the given numbers, wherever they lie."""
+        assert self._offline is not None
+        split = self._num_offline
+        start, env = self._place(anywhere.clamp_min(split))
+        row, _ = self._offline.rows_of(anywhere.clamp_max(split - 1))
+        collected = anywhere >= split
+        own_env = self._place(index.clamp_min(split))[1]
+        # As rows of a window's own trajectories, or -1.
+        offline_rows = torch.where(collected, -1, row)
+        steps = torch.where(collected & (env == own_env), start, -1)
+        batch = self._joined(index, offline_rows, steps)
+        elsewhere = batch.pop("elsewhere")
+        achieved = self._offline.goal(row)
+        if self._rows:
+            there = self._rows["achieved_goal"][start % self._times, env]
+            achieved = torch.where(collected[:, None], there, achieved)
+        batch["goal"] = torch.where(elsewhere[:, None], achieved, batch["goal"])
         return batch
 
-    def _at(self, index: Tensor) -> TensorDict:
-        """Return the windows of the given numbers, ``[B]``."""
-        if len(index) == 0:
-            return TensorDict({}, [0])
-        oldest = max(0, self._written - self._times)
-        env = index % self._num_envs
-        start = oldest + index // self._num_envs
+    def _joined(self, index: Tensor, rows: Tensor | None, steps: Tensor | None) -> TensorDict:
+        """Return the windows of the data set, then the collected ones.
+
+        Args:
+            index: Their numbers.
+            rows: Rows of the data set to take random goals from, ``[B]``.
+            steps: Steps of a window's own environment to take them from, ``[B]``.
+        """
+        number = int((index < self._num_offline).sum())
+        parts = []
+        if self._offline is not None and number > 0:
+            given = None if rows is None else rows[:number]
+            parts.append(self._offline.at(index[:number], anywhere=given))
+        if number < len(index):
+            parts.append(self._at(index[number:], None if steps is None else steps[number:]))
+        batch: TensorDict = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return batch
+
+    def _at(self, index: Tensor, anywhere: Tensor | None = None) -> TensorDict:
+        """Return the collected windows of the given numbers, ``[B]``."""
+        start, env = self._place(index)
         window = (start[:, None] + torch.arange(self.spec.steps)) % self._times
 
         def rows(name: str) -> Tensor:
@@ -115,28 +197,50 @@ class SequenceReplay:
         done, diverged = (rows(f"next_{name}").squeeze(-1) for name in ("done", "diverged"))
         ended = done.long().cumsum(1) - done.long()
         valid = (ended == 0) & ~diverged
-        last = (valid.sum(1) - 1).clamp_min(0)
-        at_end = window[torch.arange(len(index)), last], env
-        reward, terminated = rows("next_reward").squeeze(-1), rows("next_terminated").squeeze(-1)
-        wanted = self.spec.rewards
-        earned = discounted(reward, terminated, valid, self.spec.gamma) if wanted else {}
+        if anywhere is not None:
+            earned, following = self._goals(start, env, anywhere)
+        else:
+            reward, terminated = (
+                rows(f"next_{name}").squeeze(-1) for name in ("reward", "terminated")
+            )
+            wanted = self.spec.rewards
+            earned = discounted(reward, terminated, valid, self.spec.gamma) if wanted else {}
+            last = (valid.sum(1) - 1).clamp_min(0)
+            at_end = window[torch.arange(len(index)), last], env
+            following = self._rows["next_observation"][at_end]
         fields = {
             "observation": self._rows["observation"][window[:, 0], env],
             "action": rows("action"),
             "valid": valid,
             "weight": valid[:, -1].float(),
             **earned,
-            "next": TensorDict(
-                {"observation": self._rows["next_observation"][at_end]}, [len(index)]
-            ),
+            "next": TensorDict({"observation": following}, [len(index)]),
         }
         return TensorDict(fields, [len(index)])
 
+    def _goals(
+        self, start: Tensor, env: Tensor, anywhere: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return goals, what they make of rewards, and the observations to go on from."""
+        spec = self.spec
+        assert spec.goals is not None
+        goals = draw_goals(start, self._end(start, env), anywhere, spec.goals, self._generator)
+        reward, discount, steps = relabel(
+            start, goals, steps=spec.steps, gamma=spec.gamma, rule=spec.goals.rule
+        )
+        earned = {
+            "reward": reward,
+            "discount": discount,
+            "goal": self._rows["achieved_goal"][goals.clamp_min(0) % self._times, env],
+            "elsewhere": goals < 0,
+        }
+        return earned, self._rows["observation"][(start + steps) % self._times, env]
+
     def state(self) -> dict[str, Any]:
         """Return what was collected, and the generator."""
-        held = min(self._written, self._times)
         return {
-            "rows": {name: x[:held] for name, x in self._rows.items()} or None,
+            "rows": {name: x[: self._held] for name, x in self._rows.items()} or None,
+            "ends": self._ends[: self._held],
             "written": self._written,
             "generator": self._generator.get_state(),
         }
@@ -145,6 +249,7 @@ class SequenceReplay:
         """Restore what :meth:`state` returned."""
         self._written = state["written"]
         self._generator.set_state(state["generator"])
+        self._ends[: len(state["ends"])] = state["ends"]
         self._rows = {}
         for name, x in (state["rows"] or {}).items():
             self._rows[name] = x.new_zeros((self._times, *x.shape[1:]))

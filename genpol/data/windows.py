@@ -6,6 +6,8 @@ the state behind them, for chunked and for n-step learning alike.
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,8 +94,7 @@ class WindowSampler:
                     f"{', '.join(sorted(dataset.columns))}"
                 )
         self._columns = {
-            name: torch.from_numpy(dataset.columns[name])
-            for name in ("observation", "action", *needed)
+            name: _shared(dataset.columns[name]) for name in ("observation", "action", *needed)
         }
         self._first = torch.from_numpy(dataset.starts)
         self._last = torch.from_numpy(dataset.ends)
@@ -111,10 +112,18 @@ class WindowSampler:
         """Return windows ``[size]``."""
         return self.at(self._draw(size))
 
-    def at(self, index: Tensor) -> TensorDict:
-        """Return the windows of the given numbers, 0 to ``num_starts - 1``, ``[B]``."""
+    def at(self, index: Tensor, *, anywhere: Tensor | None = None) -> TensorDict:
+        """Return the windows of the given numbers.
+
+        Args:
+            index: 0 to ``num_starts - 1``, ``[B]``.
+            anywhere: For windows with goals, the rows from which random goals are taken, ``[B]``;
+                -1 for a state that is not of this data set. Where such a one is the goal,
+                ``elsewhere`` ``[B]`` is true and ``goal`` is left to the caller. By default they
+                are drawn here.
+        """
         columns, spec = self._columns, self.spec
-        rows, last = self._rows(index)
+        rows, last = self.rows_of(index)
         window = rows[:, None] + torch.arange(spec.steps)
         valid = window < last[:, None]
         window = torch.minimum(window, last[:, None] - 1)
@@ -125,12 +134,15 @@ class WindowSampler:
             earned = discounted(reward, terminated, valid, spec.gamma)
             following = rows + valid.sum(1)
         else:
-            anywhere, _ = self._rows(self._draw(len(index)))
+            given = anywhere is not None
+            if anywhere is None:
+                anywhere, _ = self.rows_of(self._draw(len(index)))
             goals = draw_goals(rows, last - 1, anywhere, spec.goals, self._generator)
             reward, discount, steps = relabel(
                 rows, goals, steps=spec.steps, gamma=spec.gamma, rule=spec.goals.rule
             )
             earned = {"reward": reward, "discount": discount, "goal": columns["goal"][goals]}
+            earned |= {"elsewhere": goals < 0} if given else {}
             following = rows + steps
         observation = columns["observation"]
         fields = {
@@ -146,19 +158,47 @@ class WindowSampler:
     def _draw(self, size: int) -> Tensor:
         return torch.randint(self.num_starts, (size,), generator=self._generator)
 
-    def _rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where windows begin, and the final state of each one's trajectory."""
+    def goal(self, rows: Tensor) -> Tensor:
+        """Return the goals that states have achieved, ``[B, g]``."""
+        return self._columns["goal"][rows]
+
+    def rows_of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows where windows begin, and the final state of each one's trajectory."""
         trajectory = torch.searchsorted(self._starts_until, index, right=True)
         before = torch.where(trajectory > 0, self._starts_until[trajectory - 1], 0)
         return self._first[trajectory] + index - before, self._last[trajectory]
 
+    @property
+    def fingerprint(self) -> int:
+        """A number that another data set will hardly share: of its shape and its first rows."""
+        found = zlib.crc32(self._last.numpy().tobytes())
+        for name in ("observation", "action"):
+            found = zlib.crc32(self._columns[name][:1000].numpy().tobytes(), found)
+        return found
+
     def state(self) -> dict[str, Any]:
-        """Return the state of the generator."""
-        return {"generator": self._generator.get_state()}
+        """Return the state of the generator, and whose it is."""
+        return {"generator": self._generator.get_state(), "fingerprint": self.fingerprint}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            DatasetError: If it was drawn from another data set.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise DatasetError(
+                "data: is not the data set of the run that goes on; give that one, or begin a new "
+                "run with init=<run>"
+            )
         self._generator.set_state(state["generator"])
+
+
+def _shared(column: Any) -> Tensor:
+    """Return a tensor over the memory of a column, which nobody writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(column)
 
 
 def discounted(

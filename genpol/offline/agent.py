@@ -46,6 +46,8 @@ class OfflineAgent(DatasetAgent):
         normalizer: Of observations; the identity unless the settings say otherwise.
         guidance: How a critic bends the samples of the policy, where it can.
         takes_guidance: Whether it can: whether the policy's actions are samples of its model.
+        plan_steps: Actions H of a plan, and of the chunks that the critics value.
+        told_goal: Whether a goal stands behind the observation.
 
     Args:
         settings: Hyper-parameters.
@@ -89,7 +91,8 @@ class OfflineAgent(DatasetAgent):
         """
         self.to(self.generator.device)
         settings = self.settings
-        self._plan_steps = plan_steps
+        self.plan_steps = plan_steps
+        self.told_goal = goal
         self._compiled = compiled(self.loss, name="agent.compile") if settings.compile else None
         self._optimizer = GuardedOptimizer(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
@@ -129,8 +132,8 @@ class OfflineAgent(DatasetAgent):
         """
 
     def plan_noise(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Draw what so many plans begin from: ``[rows, H, A]``, or N of them ``[N, rows, H, A]``."""
-        shape = (rows, self._plan_steps, self.specs.action_dim)
+        """Draw what plans begin from, ``[rows, H, A]``; for the best of N ``[N, rows, H, A]``."""
+        shape = (rows, self.plan_steps, self.specs.action_dim)
         return draw_noise(shape, self.guidance.best_of, generator)
 
     def act(self, observation: Tensor, generator: torch.Generator) -> Tensor:
@@ -185,10 +188,12 @@ class OfflineAgent(DatasetAgent):
 
     def prepare(self, dataset: OfflineDataset) -> None:
         """Take the statistics of observations from the data, if the settings ask for it."""
-        if self.settings.normalize_observations:
-            column = dataset.columns["observation"]
+        # Weights that were loaded go with the statistics that came with them.
+        if self.settings.normalize_observations and self.normalizer.count == 0:
+            column, device = dataset.columns["observation"], self.generator.device
             for start in range(0, len(column), 100_000):
-                self.normalizer.update(torch.from_numpy(column[start : start + 100_000]))
+                rows = torch.tensor(column[start : start + 100_000], device=device)
+                self.normalizer.update(rows)
 
     def observe(self, rollout: TensorDict) -> int:
         """Take note of what was collected; return the updates that it calls for."""

@@ -126,6 +126,7 @@ class Encoder(ActorCritic):
             latent_dim,
             settings.actor_hidden,
             max_scale=settings.max_scale,
+            state_dependent_scale=settings.state_dependent_scale,
             generator=generator,
         )
         if init == "gaussian":

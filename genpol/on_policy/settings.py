@@ -133,6 +133,8 @@ class GaussianSettings(OnPolicySettings):
     """`gaussian` starts at exactly N(0, I) for every observation, `fresh` at random weights."""
     max_scale: float = 10.0
     """Upper bound of the standard deviation."""
+    state_dependent_scale: bool = True
+    """Whether the standard deviation depends on the observation, or is one vector of parameters."""
     capo: CAPOSettings = field(default_factory=CAPOSettings)
     """Masking of rows whose own step would go too far (CAPO)."""
 
@@ -146,3 +148,8 @@ class GaussianSettings(OnPolicySettings):
         check.within("agent.noise_correlation", self.noise_correlation, 0.0, 0.99)
         check.one_of("agent.prior", self.prior, ("ridge", "kl", "none"))
         check.one_of("agent.encoder_init", self.encoder_init, ("gaussian", "fresh"))
+        if self.capo.enabled and not self.state_dependent_scale:
+            raise ConfigError(
+                "agent.capo: is made for a network that gives mean and standard deviation; set "
+                "agent.state_dependent_scale=true"
+            )

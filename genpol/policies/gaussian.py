@@ -1,4 +1,4 @@
-"""State-dependent diagonal Gaussian policy, without squashing."""
+"""Diagonal Gaussian policy, without squashing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from genpol.policies.denoiser import clean_rows
 
 
 class GaussianPolicy(nn.Module):
-    """``a ~ N(mean(s), scale(s)^2)`` with ``scale = clip(softplus(raw) + min_scale)``.
+    """``a ~ N(mean(s), scale^2)``, with a scale for each state or one for all.
+
+    A scale for each state is ``clip(softplus(raw(s)) + min_scale)``, one for all is ``exp`` of a
+    vector of parameters, as in most code for PPO.
 
     It shares the verbs of the generative policies (see :mod:`genpol.policies`), as a chain of one
     step. Squashing, where wanted, belongs to the environment.
@@ -28,6 +31,7 @@ class GaussianPolicy(nn.Module):
         activation: See :class:`~genpol.nn.mlp.MLP`.
         min_scale: Smallest standard deviation; below 1.
         max_scale: Largest standard deviation.
+        state_dependent_scale: Whether there is a scale for each state; one for all begins at 1.
         generator: Source of the initial weights.
     """
 
@@ -40,6 +44,7 @@ class GaussianPolicy(nn.Module):
         activation: str = "silu",
         min_scale: float = 1e-3,
         max_scale: float = 10.0,
+        state_dependent_scale: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -48,9 +53,9 @@ class GaussianPolicy(nn.Module):
         self.min_scale = min_scale
         self.max_scale = max_scale
         self.normalizer = RunningNormalizer(observation_dim)
-        self.net = MLP(
-            observation_dim, 2 * action_dim, hidden, activation=activation, generator=generator
-        )
+        self.log_scale = None if state_dependent_scale else nn.Parameter(torch.zeros(action_dim))
+        outputs = 2 * action_dim if state_dependent_scale else action_dim
+        self.net = MLP(observation_dim, outputs, hidden, activation=activation, generator=generator)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and scale, ``[..., A]`` each."""
@@ -58,7 +63,11 @@ class GaussianPolicy(nn.Module):
 
     def at_normalized(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and scale at observations that went through ``normalizer`` before."""
-        mean, raw = self.net(observation).chunk(2, dim=-1)
+        output: Tensor = self.net(observation)
+        if self.log_scale is not None:
+            scale = self.log_scale.exp().clamp(self.min_scale, self.max_scale)
+            return output, scale.expand_as(output)
+        mean, raw = output.chunk(2, dim=-1)
         return mean, (F.softplus(raw) + self.min_scale).clamp(max=self.max_scale)
 
     def sample(self, observation: Tensor, noise: Tensor) -> Tensor:
@@ -136,6 +145,10 @@ class GaussianPolicy(nn.Module):
         """
         last = self.net.linears[-1]
         last.weight.zero_()
+        if self.log_scale is not None:
+            last.bias.zero_()
+            self.log_scale.zero_()
+            return
         mean_bias, raw_bias = last.bias.chunk(2)
         mean_bias.zero_()
         raw_bias.fill_(math.log(math.expm1(1.0 - self.min_scale)))
@@ -143,6 +156,8 @@ class GaussianPolicy(nn.Module):
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew and forget the observation statistics."""
         self.net.reset_parameters(generator)
+        if self.log_scale is not None:
+            self.log_scale.data.zero_()
         self.normalizer.reset()
 
 

@@ -338,7 +338,7 @@ class Training:
         if state["simulation"] is not None:
             self._env.load_simulation(state["simulation"])
             self._episodes.load_state(state["episodes"])
-        if self._replay is not None:
+        if self._replay is not None and state["replay"] is not None:  # none in an offline phase
             self._replay.load_state(state["replay"])
         if self._windows is not None:
             self._windows.load_state(state["windows"])

@@ -8,6 +8,7 @@ import torch
 from genpol import agents
 from genpol.agent import Specs
 from genpol.data.dataset import OfflineDataset
+from genpol.errors import DatasetError
 from genpol.offline import NetworkSettings
 from genpol.training import checkpoint
 from genpol.training.loop import Training
@@ -108,22 +109,45 @@ def test_resume_on_data_is_exact(tmp_path, point_mass, point_mass_to_goal, datas
     assert second.agent.gradient_steps == 60
 
 
-@pytest.mark.parametrize("agent", [name for name in SETTINGS if name != "dqc"])
+@pytest.mark.parametrize("agent", SETTINGS)
 @pytest.mark.parametrize("half", [40, 136])
-def test_resume_online_is_exact(tmp_path, point_mass, dataset, agent, half):
-    straight = start(tmp_path / "a", point_mass, dataset, 30, 240, agent=agent)
+def test_resume_online_is_exact(tmp_path, point_mass, point_mass_to_goal, dataset, agent, half):
+    make_env = maker(agent, point_mass, point_mass_to_goal)
+    straight = start(tmp_path / "a", make_env, dataset, 30, 240, agent=agent)
     straight.start()
     assert straight.agent.gradient_steps == 30 + int((240 - 64) * 0.2)
-    first = start(tmp_path / "b", point_mass, dataset, 30, half, agent=agent)
+    first = start(tmp_path / "b", make_env, dataset, 30, half, agent=agent)
     first.start()
     torch.manual_seed(12345)
     second = start(
-        tmp_path / "b", point_mass, dataset, 30, 240, agent=agent, run=Run.open(first.run.path)
+        tmp_path / "b", make_env, dataset, 30, 240, agent=agent, run=Run.open(first.run.path)
     )
     second.resume(checkpoint.latest(first.run.checkpoints))
     second.start()
     assert_equal(straight, second)
     assert rows(straight, "metrics.csv") == rows(second, "metrics.csv")
+
+
+def test_a_run_on_data_goes_on_online_when_resumed(tmp_path, point_mass, dataset):
+    first = start(tmp_path, point_mass, dataset, 30, 0, agent="fql")
+    first.start()
+    run = Run.open(first.run.path)
+    second = start(tmp_path, point_mass, dataset, 30, 200, agent="fql", run=run)
+    second.resume(checkpoint.latest(run.checkpoints))
+    second.start()
+    assert second.env_steps == 200
+    assert second.agent.gradient_steps == 30 + int((200 - 64) * 0.2)
+
+
+def test_another_data_set_is_not_resumed_on(tmp_path, point_mass, dataset):
+    first = start(tmp_path, point_mass, dataset, 30, 0, agent="fql")
+    first.start()
+    columns = {**dataset.columns, "action": dataset.columns["action"] * 0.5}
+    other = OfflineDataset(columns, dataset.ends, {})
+    run = Run.open(first.run.path)
+    second = start(tmp_path, point_mass, other, 60, 0, agent="fql", run=run)
+    with pytest.raises(DatasetError, match="not the data set of the run"):
+        second.resume(checkpoint.latest(run.checkpoints))
 
 
 def test_evaluations_leave_no_trace_in_what_is_collected(tmp_path, point_mass, dataset):

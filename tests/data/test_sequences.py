@@ -15,7 +15,7 @@ from genpol.errors import ConfigError
 ENVS = 2
 
 
-def rollout(first, steps, *, done=(), terminated=(), diverged=()):
+def rollout(first, steps, *, done=(), terminated=(), diverged=(), begins=()):
     """Return steps whose observations are their time, plus a hundred for each environment."""
     time = torch.arange(first, first + steps).float().expand(ENVS, steps)
     state = (time + 100 * torch.arange(ENVS)[:, None]).unsqueeze(-1)
@@ -36,6 +36,8 @@ def rollout(first, steps, *, done=(), terminated=(), diverged=()):
     fields = {
         "observation": state,
         "action": state / 1000,
+        "achieved_goal": state,
+        "is_init": flags(begins),
         "next": TensorDict(after, [ENVS, steps]),
     }
     return TensorDict(fields, [ENVS, steps])
@@ -133,13 +135,90 @@ def test_a_saved_buffer_goes_on_with_the_same_windows():
     assert all(torch.equal(a[key], b[key]) for key in a.keys(True, True))
 
 
-@pytest.mark.parametrize(
-    ("spec", "capacity", "message"),
-    [
-        (WindowSpec(steps=3, edges="whole", goals=GoalSettings()), 40, "set online_steps=0"),
-        (WindowSpec(steps=3), 5, "replay_capacity = 5: must hold 3 steps of 2 environments"),
-    ],
-)
-def test_what_cannot_be_collected_is_refused(spec, capacity, message):
-    with pytest.raises(ConfigError, match=message):
-        SequenceReplay(spec, capacity=capacity, num_envs=ENVS, seed=0)
+def test_a_buffer_too_small_for_a_window_is_refused():
+    with pytest.raises(ConfigError, match="replay_capacity = 5: must hold 3 steps of 2 env"):
+        SequenceReplay(WindowSpec(steps=3), capacity=5, num_envs=ENVS, seed=0)
+
+
+def test_windows_do_not_run_on_into_an_episode_that_a_resumption_began():
+    buffer = replay()
+    buffer.extend(rollout(0, 4))
+    buffer.extend(rollout(4, 4, begins=[(1, 4)]))  # the simulation of environment 1 was lost
+    found = all_windows(buffer)
+    assert found[2]["valid"].all()
+    assert found[102]["valid"].tolist() == [True, True, False]
+    assert found[102]["next", "observation"].item() == 104
+    assert found[102]["discount"].item() == 0.25  # cut, not terminated
+
+
+# --- goals -------------------------------------------------------------------------------------
+
+
+def goal_replay(goals, *, steps=2, capacity=40, length=12, gamma=0.5):
+    """Return a buffer beside a data set whose states are negative, and are their own goals."""
+    spec = WindowSpec(steps=steps, gamma=gamma, edges="whole", goals=goals)
+    data = dataset(length)
+    data = OfflineDataset({**data.columns, "goal": data.columns["observation"]}, data.ends, {})
+    windows = WindowSampler(data, spec, seed=1)
+    return SequenceReplay(spec, capacity=capacity, num_envs=ENVS, seed=0, offline=windows)
+
+
+def test_future_goals_are_what_the_same_episode_achieved_later_on():
+    buffer = goal_replay(GoalSettings(current=0.0, future=1.0, random=0.0))
+    buffer.extend(rollout(0, 7, done=[(0, 4)]))
+    buffer.extend(rollout(7, 6))
+    batch = buffer.sample(20_000)
+    own = batch[batch["observation"].squeeze(-1) >= 0]
+    state, goal = (own[name].squeeze(-1) for name in ("observation", "goal"))
+    # More than two steps of the episode are left where a window begins.
+    starts = {*range(3), *range(5, 11), *range(100, 111)}
+    assert set(state.int().tolist()) == starts
+    last = torch.where(state < 5, 4.0, torch.where(state < 100, 12.0, 112.0))
+    assert ((goal > state) & (goal <= last)).all()
+    distance = goal - state
+    near = distance < 2
+    torch.testing.assert_close(own["reward"], torch.where(near, 0.5**distance, 0.0))
+    torch.testing.assert_close(own["discount"], torch.where(near, 0.0, 0.25))
+    following = own["next", "observation"].squeeze(-1)
+    torch.testing.assert_close(following, state + torch.where(near, distance, 2.0))
+
+
+def test_random_goals_come_from_the_data_and_from_what_was_collected():
+    buffer = goal_replay(GoalSettings(current=0.0, future=0.0, random=1.0), length=21)
+    offline = buffer._offline.num_starts
+    buffer.extend(rollout(0, 12))  # ten starts each
+    batch = buffer.sample(60_000)
+    state, goal = (batch[name].squeeze(-1) for name in ("observation", "goal"))
+    share = 20 / (20 + offline)
+    for mine in (state < 0, state >= 0):
+        assert (goal[mine] >= 0).double().mean().item() == pytest.approx(share, abs=0.02)
+    # Only states of the same trajectory, ahead and near enough, are reached.
+    distance = torch.where(state < 0, state - goal, goal - state)
+    reached = ((state < 0) == (goal < 0)) & (distance >= 0) & (distance < 2)
+    torch.testing.assert_close(batch["reward"], torch.where(reached, 0.5**distance, 0.0))
+    assert reached.any()
+    assert "elsewhere" not in batch.keys()  # noqa: SIM118 - a TensorDict
+
+
+def test_windows_with_goals_go_on_after_old_steps_are_overwritten():
+    buffer = goal_replay(GoalSettings(current=0.0, future=1.0, random=0.0), capacity=10)
+    for first in range(0, 24, 4):
+        buffer.extend(rollout(first, 4, done=[(0, first + 1)] if first == 20 else ()))
+    batch = buffer.sample(2000)
+    own = batch["observation"].squeeze(-1)
+    assert set(own[own >= 0].int().tolist()) == {19, 119, 120, 121}
+    batch.set("end", torch.where(batch["observation"] < 100, 21.0, 123.0))
+    mine = own >= 0
+    assert (batch["goal"] <= batch["end"])[mine].all()
+
+
+def test_a_saved_buffer_with_goals_goes_on_with_the_same_windows():
+    goals = GoalSettings()
+    first, second = goal_replay(goals), goal_replay(goals)
+    first.extend(rollout(0, 8, done=[(1, 5)]))
+    second.load_state(first.state())
+    second._offline.load_state(first._offline.state())
+    for buffer in (first, second):
+        buffer.extend(rollout(8, 4))
+    a, b = first.sample(50), second.sample(50)
+    assert all(torch.equal(a[key], b[key]) for key in a.keys(True, True))

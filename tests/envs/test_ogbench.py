@@ -73,9 +73,10 @@ def test_goals_are_ogbenchs_oracle_representations() -> None:
     assert heights == pytest.approx([0.2, 0.6], abs=0.05)
     assert goal.view(2, 3)[:, :2].abs().max() < 0.2
     assert (act(env, np.zeros(5))["goal"] == goal).all()
+    achieved = act(env, np.full(5, 0.3))["achieved_goal"]
     dataset = {"qpos": env._probe._env.simulation.data.qpos[None].copy()}
     ogbench.relabel_utils.add_oracle_reps("cube-double", env._probe._env.simulation, dataset)
-    assert dataset["oracle_reps"].shape == goal.shape
+    np.testing.assert_allclose(dataset["oracle_reps"], achieved, rtol=0, atol=1e-6)
 
 
 def test_tasks_come_in_turn(puzzle: Task) -> None:

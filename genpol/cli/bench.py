@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genpol.cli import bench_learning, bench_stepping
+from genpol.cli import bench_fql, bench_guidance, bench_ppo, bench_stepping
 from genpol.errors import ConfigError, nearest
 from genpol.provenance import code_version, machine, usable_cores
 
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 SUMMARY = "measure the speed of stepping and learning beside other libraries"
 USAGE = """
 usage: genpol bench env=NAME [num_envs=1024] [key=value ...] [options]
-       genpol bench agent=ppo [env=HalfCheetah-v5] [num_envs=256] --learning [...]
+       genpol bench agent=ppo|fql|qgf [env=NAME] [key=value ...] [--learning] [options]
 
 Measures the environment alone, with the policy, under torchrl's Collector and with learning, beside
 a bare C loop over mj_step, EnvPool, gymnasium's AsyncVectorEnv and torchrl's ParallelEnv.
 
-With --learning, which agent=ppo without env= implies, measures PPO beside stable-baselines3 and
-one-file PPO in cleanrl's style: updates alone in samples/s, and collection and updates together
-in environment steps/s. Network, rollout, passes, minibatches and cores are the same for all.
+With --learning, which these agents without env= imply, measures
+  agent=ppo   PPO beside stable-baselines3 and one-file PPO in cleanrl's style: updates alone in
+              samples/s, and collection and updates together in environment steps/s; network,
+              rollout, passes, minibatches and cores are the same for all
+  agent=fql   updates of FQL beside a plain torch loop and a jitted JAX update
+  agent=qgf   what guidance costs in acting, beside best of N
 
 All take turns in every round, so that the ratios hold on a machine whose speed drifts.
 
@@ -37,7 +40,7 @@ All take turns in every round, so that the ratios hold on a machine whose speed 
   --seconds S     least time per contender and round (0.5)
   --rounds N      rounds (12)
   --only KEYS     only these contenders, with commas between
-  --save          write the rows to assets/results/bench-ENV.csv or bench-ppo-ENV.csv
+  --save          write the rows to assets/results/bench-ENV.csv, bench-ppo-ENV.csv, ...
   --results DIR   where --save writes
 
 seconds=S and rounds=N are understood too.
@@ -46,13 +49,14 @@ examples:
   genpol bench env=HopperStand num_envs=1024 --save
   genpol bench env=CheetahRun agent=ppo --only genpol-env,mj_step,envpool rounds=3
   genpol bench agent=ppo --save
+  genpol bench agent=qgf num_envs=50
   genpol bench env=Walker2d-v5 --learning num_envs=64 agent.epochs=10
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Suite:
-    """One of the two benchmarks."""
+    """A benchmark."""
 
     prefix: str
     """Of the results' name."""
@@ -66,6 +70,10 @@ class _Suite:
     """Whom the table compares a contender with."""
     baseline_name: str
     title: Callable[[TrainSettings], str] = lambda settings: "environment steps/s"
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Overrides where none are given."""
+    counts: str = "env_steps"
+    """Column of the results that says how much work a round was."""
 
 
 _STEPPING = _Suite(
@@ -77,16 +85,43 @@ _STEPPING = _Suite(
     baseline=lambda key: "mj_step",
     baseline_name="mj_step",
 )
-_LEARNING = _Suite(
-    prefix="bench-ppo",
-    keys=bench_learning.KEYS,
-    contenders=bench_learning.contenders,
-    ratios=bench_learning.RATIOS,
-    metric=bench_learning.metric,
-    baseline=bench_learning.baseline,
-    baseline_name="SB3",
-    title=bench_learning.title,
-)
+# By the agent that is measured.
+_LEARNING = {
+    "ppo": _Suite(
+        prefix="bench-ppo",
+        keys=bench_ppo.KEYS,
+        contenders=bench_ppo.contenders,
+        ratios=bench_ppo.RATIOS,
+        metric=bench_ppo.metric,
+        baseline=bench_ppo.baseline,
+        baseline_name="SB3",
+        title=bench_ppo.title,
+        defaults=bench_ppo.DEFAULTS,
+    ),
+    "fql": _Suite(
+        prefix="bench-fql",
+        keys=bench_fql.KEYS,
+        contenders=bench_fql.contenders,
+        ratios=bench_fql.RATIOS,
+        metric=lambda key: f"updates_per_s/{key}",
+        baseline=bench_fql.baseline,
+        baseline_name="torch",
+        title=bench_fql.title,
+        defaults=bench_fql.DEFAULTS,
+        counts="gradient_steps",
+    ),
+    "qgf": _Suite(
+        prefix="bench-guidance",
+        keys=bench_guidance.KEYS,
+        contenders=bench_guidance.contenders,
+        ratios=bench_guidance.RATIOS,
+        metric=lambda key: f"plans_per_s/{key}",
+        baseline=lambda key: bench_guidance.BASELINE,
+        baseline_name=bench_guidance.BASELINE,
+        title=bench_guidance.title,
+        defaults=bench_guidance.DEFAULTS,
+    ),
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -96,7 +131,7 @@ def run(arguments: list[str]) -> int:
         ConfigError: If an argument is wrong.
     """
     options = _parse(arguments)
-    suite = _LEARNING if options.learning else _STEPPING
+    suite = _LEARNING[options.learning] if options.learning else _STEPPING
     _check_names(options.only, suite.keys)
     import torch
 
@@ -145,7 +180,7 @@ def _print(
         numbers = (_median(rates), rates.min(), rates.max())
         ratio = found.ratio(contender.key, suite.baseline(contender.key))
         relative = "" if ratio is None else f"{ratio:.2f}"
-        cells = [f"{number:,.0f}" for number in numbers]
+        cells = [f"{number:,.0f}" if number >= 100 else f"{number:.3g}" for number in numbers]
         table.add_row(contender.key, *cells, relative, contender.what)
     sys.stdout.write(title + "\n")
     console = Console()
@@ -197,12 +232,12 @@ def _rows(
     command = shlex.join(["genpol", "bench", *options.arguments])
 
     def row(contender: str, metric: str, value: float, **measured: Any) -> ResultRow:
-        values: dict[str, Any] = {"seed": 0, "env_steps": 0, "wall_clock_s": 0.0} | measured
+        values: dict[str, Any] = {"seed": 0, "env_steps": 0, "gradient_steps": 0}
+        values |= {"wall_clock_s": 0.0, **measured}
         return results.ResultRow(
             experiment=f"{suite.prefix}-{settings.choices.env}",
             agent=contender,
             env=settings.choices.env,
-            gradient_steps=0,
             metric=metric,
             value=float(f"{value:.6g}"),
             episodes=0,
@@ -218,7 +253,7 @@ def _rows(
             suite.metric(key),
             sample.rate,
             seed=index,
-            env_steps=sample.env_steps,
+            **{suite.counts: sample.work},
             wall_clock_s=round(sample.seconds, 3),
         )
         for key, samples in found.samples.items()
@@ -249,7 +284,8 @@ class _Options:
     seconds: float = 0.5
     rounds: int = 12
     only: list[str] = field(default_factory=list)
-    learning: bool = False
+    learning: str = ""
+    """The agent whose learning is measured, if it is not stepping."""
     save: bool = False
     results: Path | None = None
 
@@ -259,14 +295,14 @@ def _parse(arguments: list[str]) -> _Options:
     options = _Options(arguments=[x for x in arguments if x != "--save"])
     known = {"--seconds", "--rounds", "--only", "--results"}
     flags = {"--save", "--learning"}
-    rest = list(arguments)
+    rest, learning = list(arguments), False
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         option = f"--{name}" if name in ("seconds", "rounds") else name
         if option == "--save" and not equals:
             options.save = True
         elif option == "--learning" and not equals:
-            options.learning = True
+            learning = True
         elif option in known:
             if not equals and not rest:
                 raise ConfigError(f"{option} needs a value; see `genpol bench --help`")
@@ -275,10 +311,29 @@ def _parse(arguments: list[str]) -> _Options:
             raise ConfigError(f"unknown option {option!r}.{nearest(option, flags | known)}")
         else:
             options.overrides.append(name + equals + value)
-    if options.learning or bench_learning.implied(options.overrides):
-        options.learning = True
-        options.overrides = bench_learning.complete(options.overrides)
+    agent = next((x[6:] for x in options.overrides if x.startswith("agent=")), "")
+    alone = agent in _LEARNING and not any(x.startswith("env=") for x in options.overrides)
+    if learning or alone:
+        options.learning = agent or "ppo"
+        options.overrides = complete(options.overrides, options.learning)
     return options
+
+
+def complete(overrides: Sequence[str], agent: str) -> list[str]:
+    """Return the overrides, with those that are missing to measure the learning of an agent.
+
+    Raises:
+        ConfigError: If it is an agent whose learning is compared with nothing.
+    """
+    if agent not in _LEARNING:
+        raise ConfigError(
+            f"agent={agent}: --learning measures {', '.join(_LEARNING)}; set one of them, or leave "
+            "--learning out to measure stepping"
+        )
+    given = {text.partition("=")[0] for text in overrides}
+    defaults = {"agent": agent, **_LEARNING[agent].defaults}
+    missing = [f"{key}={value}" for key, value in defaults.items() if key not in given]
+    return [*overrides, *missing]
 
 
 def _set(options: _Options, option: str, text: str) -> None:

@@ -38,6 +38,8 @@ _FEW_SEEDS = 5
 _RATES = {
     "env_steps_per_s/": "environment steps per second",
     "samples_per_s/": "samples learned from per second",
+    "updates_per_s/": "updates per second",
+    "plans_per_s/": "plans per second",
 }
 _FIGURES = (".png", ".pdf", ".svg")
 
@@ -133,7 +135,7 @@ def _report_bench(frame: pd.DataFrame, path: Path, figure: Path) -> None:
         rows = [
             [
                 str(metric).removeprefix(prefix),
-                *(f"{x:,.0f}" for x in (values.median(), values.min(), values.max())),
+                *(_rate(x) for x in (values.median(), values.min(), values.max())),
             ]
             for metric, values in rates
         ]
@@ -141,7 +143,12 @@ def _report_bench(frame: pd.DataFrame, path: Path, figure: Path) -> None:
             _print(f"{path.stem}: {unit}", ["contender", "median", "min", "max"], rows)
     for _, row in frame[~measured.str.startswith(tuple(_RATES))].iterrows():
         _note(f"{row['metric']}: {row['value']:.3g}")
-    figures.bench_bars(frame, figure)
+    drawn = next((prefix for prefix in _RATES if measured.str.startswith(prefix).any()), "")
+    figures.bench_bars(frame, figure, prefix=drawn, unit=_RATES.get(drawn, ""))
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

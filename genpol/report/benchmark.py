@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BURN_IN = 60
 
 Chunk = Callable[[], int]
-"""Does a piece of work and returns how many environment steps it was."""
+"""Does a piece of work and returns how many steps, of the environment say, it was."""
 
 
 class SkippedError(Exception):
@@ -41,7 +41,7 @@ class Contender:
     """One way of stepping environments."""
 
     key: str
-    """Name in the results: ``env_steps_per_s/KEY``."""
+    """Name in the results, behind what is counted: ``env_steps_per_s/KEY``."""
     what: str
     """What is measured, in a few words."""
     build: Callable[[ExitStack], Chunk]
@@ -54,13 +54,14 @@ class Contender:
 class Sample:
     """One contender in one round."""
 
-    env_steps: int
+    work: int
+    """What its chunks returned."""
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Environment steps per second."""
-        return self.env_steps / self.seconds
+        """Work per second."""
+        return self.work / self.seconds
 
 
 @dataclass
@@ -122,7 +123,7 @@ def _sample(chunk: Chunk, seconds: float) -> Sample:
         steps += chunk()
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
-            return Sample(env_steps=steps, seconds=elapsed)
+            return Sample(work=steps, seconds=elapsed)
 
 
 def yardsticks(reference: Reference | None, num_envs: int, num_threads: int) -> list[Contender]:

@@ -143,17 +143,24 @@ def experiment_curves(
         _save(figure, path)
 
 
-def bench_bars(results: pd.DataFrame, path: Path) -> None:
+def bench_bars(
+    results: pd.DataFrame,
+    path: Path,
+    *,
+    prefix: str = "env_steps_per_s/",
+    unit: str = "environment steps per second",
+) -> None:
     """Draw a benchmark: the median rate of each contender, with its least and greatest round.
 
     Args:
-        results: Rows of results whose metric is ``env_steps_per_s/CONTENDER``, one for each round.
+        results: Rows of results whose metric is the prefix and a contender, one for each round.
         path: The picture to write.
+        prefix: Which metric.
+        unit: What it measures, in words.
 
     Raises:
         DatasetError: If there are no such rows.
     """
-    prefix = "env_steps_per_s/"
     rows = results[results["metric"].str.startswith(prefix)]
     if rows.empty:
         raise DatasetError(f"no rows with a metric {prefix}... to draw")
@@ -177,7 +184,7 @@ def bench_bars(results: pd.DataFrame, path: Path) -> None:
         )
         for place, value, end in zip(places, median, groups["max"], strict=True):
             axes.annotate(
-                f"{value:,.0f}",
+                f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
                 (end, place),
                 xytext=(5, 0),
                 textcoords="offset points",
@@ -188,7 +195,7 @@ def bench_bars(results: pd.DataFrame, path: Path) -> None:
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(0, groups["max"].max() * 1.15)
-        axes.set_xlabel("environment steps per second (median of the rounds, least to greatest)")
+        axes.set_xlabel(f"{unit} (median of the rounds, least to greatest)")
         axes.set_title(", ".join(rows["env"].unique()))
         _save(figure, path)
 

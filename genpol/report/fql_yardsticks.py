@@ -289,8 +289,13 @@ def _jax_parts(work: Workload) -> tuple[Any, Callable[..., Any]]:
     return state, jax.jit(update, donate_argnums=0)
 
 
-def to_jax(agent: OneFileFQL) -> dict[str, Any]:
-    """Return the weights of the plain loop as :func:`jax_loss` takes them, in NumPy arrays."""
+def to_jax(agent: OneFileFQL, critics: nn.ModuleList | None = None) -> dict[str, Any]:
+    """Return the weights of the plain loop as :func:`jax_loss` takes them, in NumPy arrays.
+
+    Args:
+        agent: The plain loop.
+        critics: Its live ones by default.
+    """
 
     def layers(net: nn.Module) -> list[tuple[np.ndarray, np.ndarray]]:
         return [
@@ -299,12 +304,12 @@ def to_jax(agent: OneFileFQL) -> dict[str, Any]:
             if isinstance(x, nn.Linear)
         ]
 
-    members = [layers(critic) for critic in agent.critics]
-    critics = [
+    members = [layers(critic) for critic in critics or agent.critics]
+    stacked = [
         (np.stack([weight for weight, _ in layer]), np.stack([bias for _, bias in layer]))
         for layer in zip(*members, strict=True)
     ]
-    return {"critics": critics, "flow": layers(agent.flow), "policy": layers(agent.policy)}
+    return {"critics": stacked, "flow": layers(agent.flow), "policy": layers(agent.policy)}
 
 
 def jax_update(work: Workload, rows: Rows) -> Chunk:

@@ -306,6 +306,11 @@ def test_capo_leaves_out_rows_that_would_go_too_far(bound, masked):
     assert float(metrics["policy/masked"]) == pytest.approx(masked)
 
 
+def test_capo_needs_a_network_that_gives_the_scale():
+    with pytest.raises(ConfigError, match=r"set agent\.state_dependent_scale=true"):
+        Settings(capo=CAPOSettings(enabled=True), state_dependent_scale=False)
+
+
 def test_capo_takes_its_bound_from_the_first_rollouts():
     settings = Settings(
         rollout_steps=STEPS,

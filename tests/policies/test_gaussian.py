@@ -38,6 +38,37 @@ def test_scale_stays_within_its_bounds(policy):
     torch.testing.assert_close(scale[:, 2], torch.full((10,), 10.0))
 
 
+def one_scale():
+    generator = torch.Generator().manual_seed(0)
+    return GaussianPolicy(5, 3, (32, 32), state_dependent_scale=False, generator=generator)
+
+
+def test_one_scale_for_all_states_begins_at_one_and_is_learned():
+    policy, observation = one_scale(), torch.randn(10, 5)
+    mean, scale = policy(observation)
+    assert mean.shape == scale.shape == (10, 3)
+    assert torch.equal(scale, torch.ones(10, 3))
+    policy.bc_loss(observation, mean.detach() + 0.1)[0].backward()
+    # d/d log(scale) of the negative log-likelihood is 1 - (a - mean)^2 / scale^2.
+    torch.testing.assert_close(policy.log_scale.grad, torch.full((3,), 1 - 0.01))
+
+
+def test_one_scale_stays_within_its_bounds_and_is_reset():
+    policy = one_scale()
+    with torch.no_grad():
+        policy.log_scale.copy_(torch.tensor([-100.0, 0.0, 100.0]))
+    _, scale = policy(torch.randn(10, 5))
+    torch.testing.assert_close(scale[0], torch.tensor([1e-3, 1.0, 10.0]))
+    policy.reset_to_prior()
+    mean, scale = policy(torch.randn(10, 5))
+    assert torch.equal(mean, torch.zeros(10, 3))
+    assert torch.equal(scale, torch.ones(10, 3))
+    with torch.no_grad():
+        policy.log_scale.fill_(-1.0)
+    policy.reset(torch.Generator().manual_seed(0))
+    assert torch.equal(policy.log_scale, torch.zeros(3))
+
+
 def test_prior_is_standard_normal_at_every_observation(policy):
     """GoRL oracle 7, `gaussian`: mean 0, sigma 1 to 1e-5, entropy 1.41894 a dimension."""
     policy.reset_to_prior()

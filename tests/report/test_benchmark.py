@@ -23,7 +23,7 @@ def test_contenders_take_turns_in_alternating_order_and_are_closed() -> None:
 
     found = benchmark.measure([contender("a"), contender("b")], seconds=1e-9, rounds=2)
     assert events == ["a", "b", "b", "a", "close b", "close a"]
-    assert [sample.env_steps for sample in found.samples["a"]] == [7, 7]
+    assert [sample.work for sample in found.samples["a"]] == [7, 7]
 
 
 def test_a_contender_that_cannot_take_part_is_named_with_its_reason() -> None:
@@ -37,7 +37,7 @@ def test_a_contender_that_cannot_take_part_is_named_with_its_reason() -> None:
 
 def test_a_ratio_is_taken_round_by_round() -> None:
     def samples(*rates: float) -> list[Sample]:
-        return [Sample(env_steps=int(rate), seconds=1.0) for rate in rates]
+        return [Sample(work=int(rate), seconds=1.0) for rate in rates]
 
     # The machine slows to a third in the last two rounds; a ratio of medians would say 0.3.
     found = Measurements(samples={"a": samples(90, 30, 30), "b": samples(100, 100, 33)})

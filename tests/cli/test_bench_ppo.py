@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genpol.cli import bench, bench_learning
+from genpol.cli import bench, bench_ppo
 from genpol.cli.configuration import compose, to_settings
 from genpol.errors import ConfigError
 from genpol.report import ppo_yardsticks, results
@@ -34,7 +34,7 @@ WORK = Workload(
 def test_ppo_without_an_environment_is_measured_beside_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = [key for key in bench_learning.KEYS if key.startswith(("genpol", "cleanrl"))]
+    keys = [key for key in bench_ppo.KEYS if key.startswith(("genpol", "cleanrl"))]
     arguments = ["agent=ppo", *TINY, "--only", ",".join(keys), "--save", "--results", str(tmp_path)]
     assert bench.run(arguments) == 0
     out = capsys.readouterr().out
@@ -86,8 +86,8 @@ def test_a_task_that_gymnasium_lacks_is_for_the_library_alone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["agent=sac"], "agent=sac: --learning compares PPO"),
-        (["agent=gorl"], "agent=gorl: --learning compares PPO"),
+        (["agent=sac"], "agent=sac: --learning measures ppo, fql, qgf"),
+        (["agent=gorl"], "agent=gorl: --learning measures"),
         (["agent.surrogate=bpo"], "set agent.surrogate=ppo"),
         (["agent.critic_minibatches=32"], "set agent.critic_minibatches=0"),
         (["num_envs=3", "agent.rollout_steps=6"], "must divide the 18 rows"),
@@ -107,22 +107,22 @@ def test_stepping_is_still_what_an_environment_means() -> None:
     assert not bench._parse(["env=HopperStand", "agent=ppo"]).learning
     assert not bench._parse(["agent=sac"]).learning
     options = bench._parse(["agent=ppo", "num_envs=8"])
-    assert options.learning
+    assert options.learning == "ppo"
     assert options.overrides == ["agent=ppo", "num_envs=8", "env=HalfCheetah-v5"]
 
 
 def test_all_make_the_same_number_of_optimiser_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("stable_baselines3")
     overrides = ["num_envs=4", "agent.rollout_steps=8", "agent.minibatches=2", "agent.epochs=3"]
-    settings = to_settings(compose(bench_learning.complete(overrides)))
-    work = bench_learning._workload(settings)
+    settings = to_settings(compose(bench.complete(overrides, "ppo")))
+    work = bench_ppo._workload(settings)
     sizes: list[int] = []
     step = OneFilePPO._step
     monkeypatch.setattr(
         OneFilePPO, "_step", lambda self, rows: sizes.append(len(rows["value"])) or step(self, rows)
     )
     with ExitStack() as cleanup:
-        agent, batches = bench_learning._training(settings, cleanup)
+        agent, batches = bench_ppo._training(settings, cleanup)
         agent.update(next(batches))
         one_file, collector = ppo_yardsticks._one_file_parts(work, cleanup)
         one_file.update(collector.collect(one_file))
@@ -135,12 +135,10 @@ def test_all_make_the_same_number_of_optimiser_steps(monkeypatch: pytest.MonkeyP
 
 def test_all_have_networks_of_the_same_widths() -> None:
     pytest.importorskip("stable_baselines3")
-    settings = to_settings(
-        compose(bench_learning.complete([*TINY[:3], "agent.actor_hidden=[8,5]"]))
-    )
-    work = bench_learning._workload(settings)
+    settings = to_settings(compose(bench.complete([*TINY[:3], "agent.actor_hidden=[8,5]"], "ppo")))
+    work = bench_ppo._workload(settings)
     with ExitStack() as cleanup:
-        agent, _ = bench_learning._training(settings, cleanup)
+        agent, _ = bench_ppo._training(settings, cleanup)
         one_file, _ = ppo_yardsticks._one_file_parts(work, cleanup)
         other = ppo_yardsticks._sb3_model(work, cleanup)
     shapes = [

@@ -1,4 +1,4 @@
-"""What `genpol bench --learning` measures: PPO beside the PPO of others on the same task.
+"""What `genpol bench agent=ppo` measures: PPO beside the PPO of others on the same task.
 
 Its module :mod:`genpol.report.ppo_yardsticks` says what is equal between the contenders and what
 is not. Updates are measured on one rollout that stays the same, in rows learned from per second;
@@ -7,7 +7,7 @@ collection and update together, each as in its library's training, in environmen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,19 +36,7 @@ RATIOS = (
 )
 # stable-baselines3 is faster with so many environments than with 8 or 64 of them, or with processes
 # on two cores; at the usual 1024 each of its rollouts would take more than ten seconds.
-_DEFAULTS = {"agent": "ppo", "env": "HalfCheetah-v5", "num_envs": "256"}
-
-
-def implied(overrides: Sequence[str]) -> bool:
-    """Return whether the overrides mean this benchmark: PPO, and no environment to step alone."""
-    return "agent=ppo" in overrides and not any(text.startswith("env=") for text in overrides)
-
-
-def complete(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides, with agent, environment and number of environments where not given."""
-    given = {text.partition("=")[0] for text in overrides}
-    missing = [f"{key}={value}" for key, value in _DEFAULTS.items() if key not in given]
-    return [*overrides, *missing]
+DEFAULTS = {"agent": "ppo", "env": "HalfCheetah-v5", "num_envs": "256"}
 
 
 def metric(key: str) -> str:
@@ -74,7 +62,7 @@ def contenders(settings: TrainSettings) -> list[Contender]:
     """Return all contenders, those that are compared side by side.
 
     Raises:
-        ConfigError: If the agent is not PPO, or not comparable with the PPO of others.
+        ConfigError: If the settings are not comparable with the PPO of others.
     """
     _check(settings)
     from genpol.report import ppo_yardsticks
@@ -92,9 +80,7 @@ def contenders(settings: TrainSettings) -> list[Contender]:
 
 
 def _check(settings: TrainSettings) -> None:
-    name, agent = settings.choices.agent, settings.agent
-    if name != "ppo":
-        raise ConfigError(f"agent={name}: --learning compares PPO with PPO only; set agent=ppo")
+    agent = settings.agent
     if agent.surrogate != "ppo":
         raise ConfigError(
             f"agent.surrogate = {agent.surrogate!r}: --learning compares PPO with PPO only; "

@@ -8,9 +8,10 @@ same noise, so that no gradient runs through the flow's steps (equation 8). Crit
 See :mod:`genpol.offline.flow_q` for the losses; ``agent=qc agent.policy=one_step`` is the same on
 chunks.
 
-Deviations: layer norm has no gain and bias of its own; for two cores networks are smaller by
-default (3 x 256 against 4 x 512) and runs shorter (500k updates against 1M). The published
-``alpha`` on OGBench: 300 for cubes and scenes, 1000 for puzzles, 10 for mazes (humanoidmaze 30).
+Deviations: layer norm has no gain and bias of its own; GELU is exact, where Flax approximates it;
+for two cores networks are smaller by default (3 x 256 against 4 x 512) and runs shorter (500k
+updates against 1M). The published ``alpha`` on OGBench: 300 for cubes and scenes, 1000 for puzzles,
+10 for mazes (humanoidmaze 30).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from genpol import settings as check
 from genpol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,9 +102,8 @@ def _check(settings: TrainSettings) -> None:
         "normalize_q": False,
         "normalize_observations": False,
         "denoiser": "flow",
-        "actor.activation": "gelu_tanh",
         "actor.layer_norm": "none",
-        "critic.activation": "gelu_tanh",
+        "critic.activation": agent.actor.activation,
         "critic.layer_norm": "after",
     }
     for name, value in wanted.items():
@@ -114,6 +114,7 @@ def _check(settings: TrainSettings) -> None:
             raise ConfigError(
                 f"agent.{name} = {found!r}: the FQL of others has {value!r}; leave it out"
             )
+    check.one_of("agent.actor.activation", agent.actor.activation, ("gelu", "gelu_tanh"))
     if settings.device != "cpu":
         raise ConfigError(f"device = {settings.device!r}: must be cpu, to compare the same cores")
 
@@ -127,6 +128,7 @@ def _workload(settings: TrainSettings, specs: Any) -> Workload:
         action_dim=specs.action_dim,
         actor_hidden=agent.actor.hidden,
         critic_hidden=agent.critic.hidden,
+        activation=agent.actor.activation,
         seed=settings.seed,
         **{
             name: getattr(agent, name)

@@ -52,6 +52,8 @@ class Workload:
     """Widths of the critics', followed by GELU and layer norm."""
     num_critics: int
     """Size of the ensemble."""
+    activation: str
+    """``gelu``, or ``gelu_tanh`` for its approximation."""
     solver_steps: int
     """Euler steps from noise to action."""
     alpha: float
@@ -92,11 +94,11 @@ class OneFileFQL(nn.Module):
         self.work = work
         d, a = work.observation_dim, work.action_dim
         self.critics = nn.ModuleList(
-            _net(d + a, work.critic_hidden, 1, norm=True) for _ in range(work.num_critics)
+            _net(work, d + a, work.critic_hidden, 1, norm=True) for _ in range(work.num_critics)
         )
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.flow = _net(d + a + 1, work.actor_hidden, a, norm=False)
-        self.policy = _net(d + a, work.actor_hidden, a, norm=False)
+        self.flow = _net(work, d + a + 1, work.actor_hidden, a, norm=False)
+        self.policy = _net(work, d + a, work.actor_hidden, a, norm=False)
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=work.learning_rate)
 
@@ -155,10 +157,13 @@ def _values(critics: nn.ModuleList, observation: Tensor, action: Tensor) -> Tens
     return torch.stack([critic(together).squeeze(1) for critic in critics])
 
 
-def _net(inputs: int, hidden: Sequence[int], outputs: int, *, norm: bool) -> nn.Sequential:
+def _net(
+    work: Workload, inputs: int, hidden: Sequence[int], outputs: int, *, norm: bool
+) -> nn.Sequential:
+    approximate = "tanh" if work.activation == "gelu_tanh" else "none"
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise((inputs, *hidden)):
-        layers += [nn.Linear(fan_in, fan_out), nn.GELU(approximate="tanh")]
+        layers += [nn.Linear(fan_in, fan_out), nn.GELU(approximate=approximate)]
         if norm:
             layers += [nn.LayerNorm(fan_out, eps=_LAYER_NORM_EPS, elementwise_affine=False)]
     return nn.Sequential(*layers, nn.Linear(([inputs, *hidden])[-1], outputs))
@@ -206,13 +211,15 @@ def jax_loss(work: Workload, parameters: Any, target: Any, batch: Any, draws: Dr
 
     def values(critics: Any, state: Array, chosen: Array) -> Array:
         together = jnp.concatenate([state, chosen], 1)
-        return jax.vmap(lambda critic: _jax_net(critic, together, norm=True)[:, 0])(critics)
+        return jax.vmap(lambda x: _jax_net(work, x, together, norm=True)[:, 0])(critics)
 
     def flow(state: Array, x: Array, time: Array) -> Array:
-        return _jax_net(parameters["flow"], jnp.concatenate([state, x, time], 1), norm=False)
+        together = jnp.concatenate([state, x, time], 1)
+        return _jax_net(work, parameters["flow"], together, norm=False)
 
     def policy(state: Array, noise: Array) -> Array:
-        return _jax_net(parameters["policy"], jnp.concatenate([state, noise], 1), norm=False)
+        together = jnp.concatenate([state, noise], 1)
+        return _jax_net(work, parameters["policy"], together, norm=False)
 
     after = batch["next_observation"]
     next_action = jnp.clip(policy(after, draws.next_action), -1, 1)
@@ -235,12 +242,12 @@ def jax_loss(work: Workload, parameters: Any, target: Any, batch: Any, draws: Dr
     return critic_loss + flow_loss + work.alpha * distill_loss - value
 
 
-def _jax_net(layers: Any, x: Array, *, norm: bool) -> Array:
+def _jax_net(work: Workload, layers: Any, x: Array, *, norm: bool) -> Array:
     import jax
     from jax import numpy as jnp
 
     for weight, bias in layers[:-1]:
-        x = jax.nn.gelu(x @ weight + bias, approximate=True)
+        x = jax.nn.gelu(x @ weight + bias, approximate=work.activation == "gelu_tanh")
         if norm:
             centred = x - x.mean(-1, keepdims=True)
             variance = jnp.square(centred).mean(-1, keepdims=True)

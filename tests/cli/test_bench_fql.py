@@ -18,9 +18,10 @@ NETS = ("agent.actor.hidden=[8,8]", "agent.critic.hidden=[8,8]", "agent.batch_si
 TINY = ("env=HopperStand", "recipe=none", "agent.solver_steps=3", *NETS)
 
 
-@pytest.fixture
-def settings() -> Any:
-    return to_settings(compose(bench.complete([*TINY, "agent.alpha=3.0"], "fql")))
+@pytest.fixture(params=["gelu", "gelu_tanh"])
+def settings(request: pytest.FixtureRequest) -> Any:
+    kind = [f"agent.{net}.activation={request.param}" for net in ("actor", "critic")]
+    return to_settings(compose(bench.complete([*TINY, "agent.alpha=3.0", *kind], "fql")))
 
 
 def own_agent(settings: Any, other: OneFileFQL) -> Any:

@@ -18,12 +18,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import IO, Literal
 
 from genpol.cli.arguments import ArgumentParser
 from genpol.errors import DatasetError
@@ -38,8 +38,9 @@ usage: genpol reproduce NAME [--seeds 0,1] [--only KEY] [--jobs N]
                              [--dry-run] [--continue] [--fresh]
 
 Trains every agent of the experiment on each of its environments and seeds, and records each
-evaluation in assets/results/NAME.csv. Ctrl-C stops the run at its next checkpoint; the same command
-starts again where it stopped: finished runs are skipped, an interrupted one is resumed.
+evaluation in assets/results/NAME.csv. Data sets that it needs are made first, where they do not
+exist. Ctrl-C stops the run at its next checkpoint; the same command starts again where it stopped:
+finished runs are skipped, an interrupted one is resumed.
 
   NAME           an experiment of `genpol list experiments`, or the path of a YAML file
   --seeds 0,1    seeds to run instead of the experiment's own
@@ -85,13 +86,20 @@ def run(arguments: list[str]) -> int:
         keep_going=options.keep_going,
         fresh=options.fresh,
     )
+    data_sets = chosen.data_sets(plan)
     if options.dry_run:
+        for file, command in data_sets.items():
+            done = "   # exists" if file.exists() else ""
+            _say(f"{shlex.join(['genpol', 'data', 'generate', *command])}{done}")
         for item in plan:
             done = "   # finished" if session.is_finished(item) else ""
             _say(f"{item.command}{done}")
         return 0
     _announce(chosen, plan, session)
     with _forwarding_signals(session):
+        for file, command in data_sets.items():
+            if not file.exists() and (code := session.make_data(file, command)) != 0:
+                return code
         outcomes = session.run_all(plan, options.jobs)
     return _conclude(outcomes, session)
 
@@ -106,8 +114,17 @@ def resume_command(run_folder: Path) -> list[str]:
     return [*_train(), f"resume={run_folder}"]
 
 
+def generate_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command that makes a data set."""
+    return [*_genpol(), "data", "generate", *arguments]
+
+
 def _train() -> list[str]:
-    return [sys.executable, "-m", "genpol.cli.main", "train"]
+    return [*_genpol(), "train"]
+
+
+def _genpol() -> list[str]:
+    return [sys.executable, "-m", "genpol.cli.main"]
 
 
 def _quoted(path: Path) -> str:
@@ -137,6 +154,17 @@ class _Session:
             for future in pending:
                 _wait(future)
         return [future.result() for future in pending]
+
+    def make_data(self, file: Path, arguments: Sequence[str]) -> int:
+        """Make a data set, or go on making it; return 0, or the code to end with."""
+        _say(f"{file}: is made first")
+        code = self._call(generate_command(arguments), None, lambda: None)
+        if self.signalled.is_set():
+            return _INTERRUPTED
+        if code != 0 or not file.exists():
+            _complain(f"{file} was not made (exit code {code}); see above")
+            return 1
+        return 0
 
     def run_one(self, item: Run) -> Outcome:
         """Train one run to its end, unless that has been done."""
@@ -180,26 +208,35 @@ class _Session:
 
     def _train(self, item: Run, command: list[str], root: Path, before: set[Path]) -> int:
         """Run ``command`` to its end, recording evaluations as they come; return its exit code."""
+        recorded = 0
+
+        def record() -> None:
+            nonlocal recorded
+            recorded = self._record(item, root, before, recorded)
+
         with (root / "train.log").open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
-            # In a session of its own, so that the terminal's Ctrl-C comes once, through us.
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            with self._lock:
-                self._children.append(child)
-            if self.signalled.is_set():  # while the process was being made
-                child.send_signal(signal.SIGINT)
-            recorded = 0
-            while child.returncode is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(_POLL_S)
-                recorded = self._record(item, root, before, recorded)
+            return self._call(command, log, record)
+
+    def _call(self, command: list[str], log: IO[bytes] | None, poll: Callable[[], None]) -> int:
+        """Run a command to its end, polling now and then; return its exit code."""
+        # In a session of its own, so that the terminal's Ctrl-C comes once, through us.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
+            start_new_session=True,
+        )
+        with self._lock:
+            self._children.append(child)
+        if self.signalled.is_set():  # while the process was being made
+            child.send_signal(signal.SIGINT)
+        while child.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_POLL_S)
+            poll()
         with self._lock:
             self._children.remove(child)
         return child.returncode

@@ -64,6 +64,9 @@ class Experiment:
     """Overrides of each agent by the label it bears in the results."""
     common: list[str] = field(default_factory=list)
     """Overrides of all runs; those of a run come before them."""
+    data: dict[str, list[str]] = field(default_factory=dict)
+    """By environment, the arguments of `genpol data generate` for the data set that its runs learn
+    from, ``output=FILE`` among them; it is made where it does not exist."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -75,11 +78,28 @@ class Experiment:
                 raise ConfigError(
                     f"experiment {self.name!r}: {name!r} must be letters, digits, '.', '_' or '-'"
                 )
-        for override in (*self.common, *(x for run in self.runs.values() for x in run)):
+        lists = (self.common, *self.runs.values(), *self.data.values())
+        for override in (x for overrides in lists for x in overrides):
             if "=" not in override:
                 raise ConfigError(
                     f"experiment {self.name!r}: override {override!r} must read key=value"
                 )
+
+        for env, arguments in self.data.items():
+            if env not in self.envs or _output(arguments) is None:
+                raise ConfigError(
+                    f"experiment {self.name!r}: data of {env!r} must be of one of envs, and have "
+                    "output=FILE"
+                )
+
+    def data_sets(self, plan: Iterable[Run]) -> dict[Path, list[str]]:
+        """Return the files that the runs of a plan learn from, and what makes each.
+
+        That is what follows ``genpol data generate`` on the command line.
+        """
+        envs = dict.fromkeys(run.env for run in plan)
+        commands = {env: [f"env={env}", *self.data[env]] for env in envs if env in self.data}
+        return {Path(str(_output(command))): command for command in commands.values()}
 
     def plan(self, seeds: Iterable[int] | None = None, only: Sequence[str] = ()) -> list[Run]:
         """Return the runs, seed by seed so that a comparison is complete as early as can be.
@@ -115,9 +135,15 @@ class Experiment:
 
     def _overrides(self, label: str, env: str, seed: int) -> tuple[str, ...]:
         # The command line refuses a key given twice, so the more specific one is kept here.
-        given = [f"env={env}", *self.common, *self.runs[label], f"seed={seed}"]
+        data = [f"data={_output(self.data[env])}"] if env in self.data else []
+        given = [f"env={env}", *data, *self.common, *self.runs[label], f"seed={seed}"]
         by_key = {override.partition("=")[0]: override for override in given}
         return tuple(by_key.values())
+
+
+def _output(arguments: Iterable[str]) -> str | None:
+    """Return the file that `genpol data generate` would write."""
+    return next((x.removeprefix("output=") for x in arguments if x.startswith("output=")), None)
 
 
 def names() -> dict[str, Path]:

@@ -207,6 +207,71 @@ def interrupt_when(ready: Callable[[], bool]) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+# Writes the file unless FAKE says that it cannot, or waits for an interrupt.
+GENERATOR = """
+import os, signal, sys, time
+arguments = dict(item.split("=", 1) for item in sys.argv[1:])
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+open(arguments["output"] + ".begun", "w").close()
+while os.environ["FAKE"] == "wait" and not stopped:
+    time.sleep(0.01)
+if os.environ["FAKE"] == "broken" or stopped:
+    sys.exit(130 if stopped else 2)
+open(arguments["output"], "w").close()
+"""
+
+
+@pytest.fixture
+def data_set(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the experiment learn from data, and return the file."""
+    file = scene.folder / "hopper.npz"
+    scene.yaml.write_text(YAML + f"data:\n  HopperStand: [output={file}]\n")
+    generator = scene.folder / "generator.py"
+    generator.write_text(GENERATOR)
+
+    def generate(arguments: list[str]) -> list[str]:
+        scene.calls.append(("generate", *arguments))
+        return [sys.executable, "-S", str(generator), *arguments]
+
+    monkeypatch.setattr(reproduce, "generate_command", generate)
+    return file
+
+
+def test_data_are_made_once_and_before_the_runs(scene: Scene, data_set: Path) -> None:
+    assert scene.run("--seeds", "0") == 0
+    assert scene.calls[0] == ("generate", "env=HopperStand", f"output={data_set}")
+    assert [call[0] for call in scene.calls[1:]] == ["train", "train"]
+    assert f"data={data_set}" in scene.calls[1]
+    assert scene.run("--seeds", "1") == 0
+    assert [call[0] for call in scene.calls] == ["train", "train"]
+
+
+def test_without_its_data_an_experiment_does_not_run(
+    scene: Scene, data_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scene.run("--seeds", "0", trainer="broken") == 1
+    assert [call[0] for call in scene.calls] == ["generate"]
+    assert f"{data_set} was not made (exit code 2)" in capsys.readouterr().err
+
+
+def test_an_interrupt_reaches_what_makes_the_data(scene: Scene, data_set: Path) -> None:
+    begun = Path(f"{data_set}.begun")
+    interrupter = threading.Thread(target=interrupt_when, args=[begun.exists])
+    interrupter.start()
+    assert scene.run("--seeds", "0", trainer="wait") == 130
+    interrupter.join()
+    assert [call[0] for call in scene.calls] == ["generate"]
+
+
+def test_a_dry_run_tells_how_the_data_are_made(
+    scene: Scene, data_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scene.run("--dry-run", "--seeds", "0") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"genpol data generate env=HopperStand output={data_set}"
+
+
 def test_a_dry_run_prints_the_commands_and_runs_nothing(
     scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:

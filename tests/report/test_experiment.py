@@ -65,3 +65,28 @@ def test_the_shipped_experiments_load() -> None:
     assert {"gorl-hopperstand", "gorl-controls", "gorl-dmc"} <= set(experiment.names())
     for name in experiment.names():
         assert experiment.load(name).plan()
+
+
+DATA = (
+    YAML
+    + """
+data:
+  CheetahRun: [num_transitions=10, output=made/cheetah.npz]
+"""
+)
+
+
+def test_runs_learn_from_the_data_set_of_their_environment(tmp_path: Path) -> None:
+    chosen = load(tmp_path, DATA)
+    plan = chosen.plan(seeds=[0])
+    given = {run.env: [x for x in run.overrides if x.startswith("data=")] for run in plan}
+    assert given == {"WalkerWalk": [], "CheetahRun": ["data=made/cheetah.npz"]}
+    command = ["env=CheetahRun", "num_transitions=10", "output=made/cheetah.npz"]
+    assert chosen.data_sets(plan) == {Path("made/cheetah.npz"): command}
+    assert chosen.data_sets(chosen.plan(only=["WalkerWalk"])) == {}
+
+
+@pytest.mark.parametrize("change", [("  CheetahRun:", "  HopperStand:"), (", output=", ", out=")])
+def test_data_that_no_run_can_find_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match="must be of one of envs, and have output=FILE"):
+        load(tmp_path, DATA.replace(*change))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from genpol.errors import CheckpointError, NonFiniteError
+
+_BETAS = (0.9, 0.999)
 
 
 class AdamMoments(NamedTuple):
@@ -23,6 +27,11 @@ class AdamMoments(NamedTuple):
 class GuardedOptimizer:
     """Adam (Kingma & Ba 2015, algorithm 1) behind a gradient clip and a guard against NaN.
 
+    It computes what :class:`torch.optim.Adam` does, by torch's own function, but asks autograd for
+    the gradients of what it trains instead of accumulating them: for the small networks of control,
+    whose steps are over in a millisecond, the rest of an optimiser is a good part of an update.
+    ``parameter.grad`` is the clipped gradient of the last step, ``None`` if that was skipped.
+
     Args:
         parameters: What to optimise.
         learning_rate: Adam's step size.
@@ -32,6 +41,7 @@ class GuardedOptimizer:
         name: What the loss trains; metrics and errors bear it.
 
     Attributes:
+        learning_rate: Adam's step size, for schedules to set.
         skipped: Updates skipped since the training began.
     """
 
@@ -45,23 +55,16 @@ class GuardedOptimizer:
         patience: int = 10,
         name: str = "loss",
     ) -> None:
+        self.learning_rate = learning_rate
+        self.skipped = 0
         self._parameters = list(parameters)
-        fused = all(p.device.type in {"cpu", "cuda"} for p in self._parameters)
-        self._adam = torch.optim.Adam(self._parameters, lr=learning_rate, eps=eps, fused=fused)
+        self._fused = all(p.device.type in {"cpu", "cuda"} for p in self._parameters)
+        self._moments: dict[int, dict[str, Tensor]] = {}
         self._max_grad_norm = max_grad_norm
+        self._eps = eps
         self._patience = patience
         self._name = name
         self._skipped_in_a_row = 0
-        self.skipped = 0
-
-    @property
-    def learning_rate(self) -> float:
-        """Adam's step size, for schedules to set."""
-        return float(self._adam.param_groups[0]["lr"])
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
-        self._adam.param_groups[0]["lr"] = value
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
         """Differentiate a scalar loss and take one step, unless loss or gradient are not finite.
@@ -72,33 +75,70 @@ class GuardedOptimizer:
         Raises:
             NonFiniteError: If this is the ``patience``-th non-finite update in a row.
         """
-        self._adam.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if torch.isfinite(loss) & torch.isfinite(norm):
-            nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
-            self._adam.step()
+        return step_together((self, loss))
+
+    def _take(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Take a step along gradients of the trained parameters; ``None`` leaves one alone."""
+        # As they lie in memory where the parameters do, which the fused kernel relies on.
+        given = {i: g.contiguous() for i, g in enumerate(gradients) if g is not None}
+        flat = torch.cat([g.flatten() for g in given.values()]) if given else loss.new_zeros(1)
+        norm = torch.linalg.vector_norm(flat)
+        loss_value, norm_value = torch.stack((loss.detach(), norm)).tolist()
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            if norm_value > self._max_grad_norm:
+                # Not in place: two parameters may have been given one tensor.
+                factor = self._max_grad_norm / (norm_value + 1e-6)
+                given = {i: g * factor for i, g in given.items()}
+            self._adam(given)
             self._skipped_in_a_row = 0
         else:
-            self._adam.zero_grad()  # leave no NaN behind for others who read the gradients
-            self._skip(loss, norm)
+            given = {}  # leave no NaN behind for others who read the gradients
+            self._skip(loss_value, norm_value)
+        for index, parameter in enumerate(self._parameters):
+            parameter.grad = given.get(index)
         return {
-            f"{self._name}/grad_norm": norm.detach(),
+            f"{self._name}/grad_norm": norm,
             f"{self._name}/skipped": torch.tensor(float(self.skipped)),
         }
 
+    @torch.no_grad()
+    def _adam(self, gradients: Mapping[int, Tensor]) -> None:
+        for index in gradients.keys() - self._moments.keys():
+            parameter = self._parameters[index]
+            self._moments[index] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
+            }
+        moments = [self._moments[index] for index in gradients]
+        adam(
+            [self._parameters[index] for index in gradients],
+            list(gradients.values()),
+            [x["exp_avg"] for x in moments],
+            [x["exp_avg_sq"] for x in moments],
+            [],
+            [x["step"] for x in moments],
+            fused=self._fused,
+            amsgrad=False,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            lr=self.learning_rate,
+            weight_decay=0.0,
+            eps=self._eps,
+            maximize=False,
+        )
+
     def moments(self, parameter: Tensor) -> AdamMoments | None:
         """Return Adam's live moments of one parameter, or ``None`` before the first step."""
-        state = self._adam.state.get(parameter)
-        if not state:
-            return None
-        return AdamMoments(
-            exp_avg=state["exp_avg"],
-            exp_avg_sq=state["exp_avg_sq"],
-            step=int(state["step"]),
-            eps=float(self._adam.param_groups[0]["eps"]),
-        )
+        for index, moments in self._moments.items():
+            if self._parameters[index] is parameter:
+                return AdamMoments(
+                    exp_avg=moments["exp_avg"],
+                    exp_avg_sq=moments["exp_avg_sq"],
+                    step=int(moments["step"]),
+                    eps=self._eps,
+                )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return Adam's moments by parameter index, the shapes, learning rate and counters.
@@ -107,7 +147,7 @@ class GuardedOptimizer:
         say (epsilon, clip, patience) is left to the settings.
         """
         return {
-            "moments": dict(self._adam.state_dict()["state"]),
+            "moments": {index: dict(self._moments[index]) for index in sorted(self._moments)},
             "shapes": [list(parameter.shape) for parameter in self._parameters],
             "learning_rate": self.learning_rate,
             "skipped": self.skipped,
@@ -121,13 +161,12 @@ class GuardedOptimizer:
             CheckpointError: If the moments are those of other parameters.
         """
         self._check(state)
-        # Copied, because torch would go on in the very tensors it is given.
-        moments = {
-            index: {key: value.clone() for key, value in entry.items()}
+        self._moments = {
+            index: {
+                key: x.to(self._parameters[index].device, copy=True) for key, x in entry.items()
+            }
             for index, entry in state["moments"].items()
         }
-        groups = self._adam.state_dict()["param_groups"]
-        self._adam.load_state_dict({"state": moments, "param_groups": groups})
         self.learning_rate = state["learning_rate"]
         self.skipped = state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
@@ -140,12 +179,37 @@ class GuardedOptimizer:
                 f"{state['shapes']}, here they are {shapes}; use the settings it was saved with"
             )
 
-    def _skip(self, loss: Tensor, norm: Tensor) -> None:
+    def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._patience:
             raise NonFiniteError(
                 f"{self._name}: not finite in {self._skipped_in_a_row} updates in a row (loss "
-                f"{loss.item():.3g}, gradient norm {norm.item():.3g}); lower the learning rate or "
+                f"{loss:.3g}, gradient norm {norm:.3g}); lower the learning rate or "
                 "max_grad_norm, and look for extreme observations and rewards"
             )
+
+
+def step_together(*parts: tuple[GuardedOptimizer, Tensor]) -> dict[str, Tensor]:
+    """Differentiate several losses in one pass and take a step of each one's optimiser.
+
+    Args:
+        parts: Optimisers and their losses, none of which may depend on what another optimiser
+            trains: each is then learned as if it were alone, but for the time it takes.
+
+    Returns:
+        The metrics of :meth:`GuardedOptimizer.step`, of all.
+
+    Raises:
+        NonFiniteError: As :meth:`GuardedOptimizer.step` does.
+    """
+    trained = [[p for p in optimizer._parameters if p.requires_grad] for optimizer, _ in parts]
+    total = torch.stack([loss for _, loss in parts]).sum() if len(parts) > 1 else parts[0][1]
+    gradients = iter(
+        torch.autograd.grad(total, [p for some in trained for p in some], allow_unused=True)
+    )
+    metrics: dict[str, Tensor] = {}
+    for optimizer, loss in parts:
+        own = [next(gradients) if p.requires_grad else None for p in optimizer._parameters]
+        metrics |= optimizer._take(loss, own)
+    return metrics

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from genpol.agent import Specs
-from genpol.nn.optimizer import GuardedOptimizer
+from genpol.nn.optimizer import GuardedOptimizer, step_together
 from genpol.objectives.advantages import normalize_advantage
 from genpol.objectives.bpo import soft_median_loss
 from genpol.objectives.regularisers import value_loss
@@ -180,30 +180,45 @@ class OnPolicyLearner:
         """Yield the rows of a rollout in random order."""
         number = len(rollout["target"])
         order = torch.randperm(number, generator=self._generator, device=self._generator.device)
-        for part in order.tensor_split(min(self.settings.minibatches, number)):
-            yield {name: x[part] for name, x in rollout.items()}
+        parts = min(self.settings.minibatches, number)
+        pieces = {name: x[order].tensor_split(parts) for name, x in rollout.items()}
+        for index in range(parts):
+            yield {name: piece[index] for name, piece in pieces.items()}
 
     def _step(self, rows: Rows, learn_actor: bool = True) -> dict[str, Tensor]:
         """Take one step of the actor, those of the critics on its rows, and return metrics."""
         values = self.actor_critic.values_at_normalized(rows["observation"])
-        metrics = self._actor_step(rows, *values, learn_actor)
+        loss, metrics = self._actor_loss(rows, *values)
+        losses = [(self._actor_optimizer, loss)] if learn_actor else []
+        learn_critic = self.settings.advantage != "group"
         pieces = max(1, self.settings.critic_minibatches // self.settings.minibatches)
-        if pieces == 1:
-            metrics |= self._critic_step(*values, rows["target"])
-        else:
-            observations = rows["observation"].tensor_split(pieces)
-            targets = rows["target"].tensor_split(pieces)
-            for observation, target in zip(observations, targets, strict=True):
-                values = self.actor_critic.values_at_normalized(observation)
-                metrics |= self._critic_step(*values, target)
+        if learn_critic and pieces == 1:
+            loss, more = self._critic_loss(*values, rows["target"])
+            losses.append((self._critic_optimizer, loss))
+            metrics |= more
+        if losses:
+            step_together(*losses)  # actor and critics have no parameter in common
+        if learn_actor:
+            self.surrogate.end_step()
+        if learn_critic and pieces > 1:
+            metrics |= self._critic_steps(rows, pieces)
         self.gradient_steps += 1
         return metrics
 
-    def _critic_step(
+    def _critic_steps(self, rows: Rows, number: int) -> dict[str, Tensor]:
+        """Take so many steps of the critics on pieces of the rows; return the last metrics."""
+        metrics: dict[str, Tensor] = {}
+        observations = rows["observation"].tensor_split(number)
+        targets = rows["target"].tensor_split(number)
+        for observation, target in zip(observations, targets, strict=True):
+            values = self.actor_critic.values_at_normalized(observation)
+            loss, metrics = self._critic_loss(*values, target)
+            self._critic_optimizer.step(loss)
+        return metrics
+
+    def _critic_loss(
         self, value: Tensor, median: Tensor | None, target: Tensor
-    ) -> dict[str, Tensor]:
-        if self.settings.advantage == "group":
-            return {}
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = value_loss(value, target)
         temperature = self.settings.median_temperature
         if median is not None and temperature is not None:
@@ -212,12 +227,11 @@ class OnPolicyLearner:
             ).mean()
             metrics["loss/median"] = median_loss.detach()
             loss = loss + median_loss
-        self._critic_optimizer.step(loss)
-        return metrics
+        return loss, metrics
 
-    def _actor_step(
-        self, rows: Rows, value: Tensor, median: Tensor | None, learn: bool
-    ) -> dict[str, Tensor]:
+    def _actor_loss(
+        self, rows: Rows, value: Tensor, median: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         evaluation = self._likelihood.evaluate(rows)
         log_ratio = clamped_log_ratio(evaluation.log_prob, rows["log_prob"])
         terms = self._terms(rows, evaluation, log_ratio, value, median)
@@ -227,12 +241,9 @@ class OnPolicyLearner:
             losses = torch.where(keep, losses, 0.0)
             metrics["policy/masked"] = 1.0 - keep.float().mean()
         loss = losses.mean() + evaluation.regulariser
-        if learn:
-            self._actor_optimizer.step(loss)
-            self.surrogate.end_step()
         ratio = log_ratio.detach().exp()
         outside = (ratio - 1.0).abs() > self.settings.clip
-        return metrics | {
+        return loss, metrics | {
             **evaluation.metrics,
             "loss/policy": loss.detach(),
             "policy/approx_kl": (torch.expm1(log_ratio.detach()) - log_ratio.detach()).mean(),

@@ -261,7 +261,9 @@ class PolicyGradientLearner(OnPolicyLearner):
         for _ in range(self.settings.epochs):
             for rows in self._minibatches(rollout):
                 values = self.actor_critic.values_at_normalized(rows["observation"])
-                losses.append(self._critic_step(*values, rows["target"])["loss/value"])
+                loss, metrics = self._critic_loss(*values, rows["target"])
+                self._critic_optimizer.step(loss)
+                losses.append(metrics["loss/value"])
         return {"loss/value": torch.stack(losses).mean()}
 
     @torch.no_grad()

@@ -127,10 +127,17 @@ def test_one_update_moves_what_it_should(critic):
 
 
 def test_critic_loss_reaches_neither_actor_nor_average():
-    agent = make("sac")
-    agent.update(transitions())
-    assert all(x.grad is None for x in agent.averaged.parameters())
-    assert all(x.requires_grad for x in agent.critics.parameters())
+    agents_by_reward = []
+    for factor in (1.0, 100.0):
+        agent, batch = make("sac"), transitions()
+        batch["next", "reward"] *= factor
+        agent.update(batch)
+        agents_by_reward.append(agent)
+    a, b = agents_by_reward
+    assert all(map(torch.equal, a.actor.parameters(), b.actor.parameters()))
+    assert not all(map(torch.equal, a.critics.parameters(), b.critics.parameters()))
+    assert not any(x.requires_grad for x in a.averaged.parameters())
+    assert all(x.requires_grad for x in a.critics.parameters())
 
 
 def test_the_average_moves_by_its_share():

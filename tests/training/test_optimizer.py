@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genpol.errors import CheckpointError, NonFiniteError
-from genpol.nn.optimizer import GuardedOptimizer
+from genpol.nn.optimizer import GuardedOptimizer, step_together
 
 
 def make(size=3, **options):
@@ -47,7 +47,9 @@ def test_gradient_is_clipped_by_its_norm_over_all_parameters():
     optimizer = GuardedOptimizer([first, second], 0.1, max_grad_norm=1.0, eps=1e-8)
     metrics = optimizer.step(0.5 * (first.square() + second.square()).sum())
     assert metrics["loss/grad_norm"].item() == pytest.approx(5.0)
-    assert [first.grad.item(), second.grad.item()] == pytest.approx([0.6, 0.8], rel=1e-5)
+    # Adam's first moment is a tenth of the clipped gradient.
+    means = [optimizer.moments(x).exp_avg.item() for x in (first, second)]
+    assert means == pytest.approx([0.06, 0.08], rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
@@ -70,10 +72,69 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped():
     assert optimizer.skipped == 1
 
 
-def test_skipping_leaves_no_gradient_behind():
+def test_a_step_leaves_its_gradient_behind_and_a_skipped_one_none():
     parameter, optimizer = make()
+    expected = 2 * parameter.detach().clone()
+    step(parameter, optimizer)
+    assert torch.equal(parameter.grad, expected)
     step(parameter, optimizer, math.nan)
     assert parameter.grad is None
+
+
+def test_losses_of_several_optimisers_are_learned_as_if_alone():
+    def start():
+        net = nn.Linear(3, 2)
+        with torch.no_grad():
+            net.weight.copy_(torch.arange(6.0).view(2, 3) / 6)
+            net.bias.zero_()
+        options = {"max_grad_norm": 0.1, "eps": 1e-8}
+        return net, GuardedOptimizer(net.parameters(), 0.1, name="net", **options), *make()
+
+    x = torch.tensor([[1.0, -1.0, 2.0]])
+    net, of_net, parameter, of_parameter = start()
+    other, of_other, twin, of_twin = start()
+    for factor in (1.0, math.nan, 2.0):  # a loss that is not finite spoils only its own step
+        metrics = step_together(
+            (of_net, net(x).square().sum()), (of_parameter, factor * parameter.square().sum())
+        )
+        of_other.step(other(x).square().sum())
+        step(twin, of_twin, factor)
+    assert torch.equal(net.weight, other.weight)
+    assert torch.equal(net.bias, other.bias)
+    assert torch.equal(parameter, twin)
+    assert (of_net.skipped, of_parameter.skipped) == (0, 1)
+    assert {"net/grad_norm", "loss/grad_norm"} <= metrics.keys()
+
+
+def test_two_parameters_may_have_one_gradient():
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = GuardedOptimizer([first, second], 0.1, max_grad_norm=1.0, eps=1e-8)
+    optimizer.step((first + second).sum())
+    means = [optimizer.moments(x).exp_avg for x in (first, second)]
+    torch.testing.assert_close(means[0], torch.full((2,), 0.05))
+    assert torch.equal(*means)
+
+
+def test_gradients_of_another_layout_are_learned_from():
+    parameter = nn.Parameter(torch.arange(6.0).view(2, 3))
+    optimizer = GuardedOptimizer([parameter], 0.1, max_grad_norm=math.inf, eps=1e-8)
+    oracle = nn.Parameter(parameter.detach().clone())
+    adam = torch.optim.Adam([oracle], lr=0.1, fused=True)
+    weights = torch.tensor([[1.0, -2.0], [3.0, -4.0], [5.0, 6.0]])
+    for _ in range(3):
+        optimizer.step((parameter.t() * weights).sum())
+        adam.zero_grad()
+        (oracle.t() * weights).sum().backward()
+        adam.step()
+    assert torch.equal(parameter, oracle)
+
+
+def test_a_loss_of_nothing_that_is_trained_changes_nothing():
+    parameter, optimizer = make()
+    before = parameter.detach().clone()
+    metrics = optimizer.step(torch.ones(1, requires_grad=True).sum())
+    assert torch.equal(parameter, before)
+    assert metrics["loss/grad_norm"] == 0
 
 
 def test_gives_up_after_so_many_in_a_row_and_names_the_loss():

@@ -20,6 +20,8 @@ SUCCESS_TIMINGS = ("pre", "post")
 class MujocoSettings:
     """A native task: all environments in one batch of MuJoCo simulations."""
 
+    batched: ClassVar[bool] = True  # many cost little more than one
+
     name: str = "HopperStand"
     """Native task, as `genpol list envs` shows them: HopperStand, Ant-v5, ..."""
     num_threads: int = 0

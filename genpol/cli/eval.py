@@ -68,7 +68,8 @@ def run(arguments: list[str]) -> int:
     if request is not None and request.critic is not None:
         critic = load_run(request.critic).agent
     episodes, seed = options["episodes"], options["seed"]
-    env = make_env(num_envs=min(episodes, trained.settings.num_envs), seed=derive(seed, "test"))
+    together = trained.settings.evaluation_envs(episodes)
+    env = make_env(num_envs=together, seed=derive(seed, "test"))
 
     def run_episodes(role: str) -> Evaluation:
         seed_of_role = derive(seed, role)

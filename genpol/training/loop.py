@@ -84,7 +84,7 @@ class Training:
         self._windows = _make_windows(agent, settings, dataset)
         self._evaluation_seed = derive(settings.evaluation.seed, "evaluation")
         self._evaluation_env = make_env(
-            num_envs=min(settings.evaluation.episodes, settings.num_envs),
+            num_envs=settings.evaluation_envs(settings.evaluation.episodes),
             seed=self._evaluation_seed,
         )
         self._env = self._evaluation_env  # where nothing is collected

@@ -29,6 +29,9 @@ class Choices:
     """Specialisation of the agent to the environment; empty where there is none."""
 
 
+_BATCHED_EVALUATION = 100  # of environments of which many cost little more than one
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """When and how the policy is evaluated."""
@@ -39,10 +42,14 @@ class EvaluationSettings:
     """Complete episodes per evaluation."""
     seed: int = 10_000
     """Seed of the evaluation episodes: the same starts every time, never those of training."""
+    num_envs: int = 0
+    """Environments stepped together; 0 takes as many as in training, of native tasks at least
+    100."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         positive("evaluation.interval_steps", self.interval_steps)
+        at_least("evaluation.num_envs", self.num_envs, 0)
         at_least("evaluation.episodes", self.episodes, 1)
         within("evaluation.seed", self.seed, 0, 2**63 - 1)
 
@@ -122,3 +129,10 @@ class TrainSettings:
             raise ConfigError("output = '': must be a folder.")
         if self.resume is not None and self.init is not None:
             raise ConfigError("resume and init exclude each other: resume continues, init begins.")
+
+    def evaluation_envs(self, episodes: int) -> int:
+        """Return how many environments an evaluation of so many episodes steps together."""
+        together = self.evaluation.num_envs or self.num_envs
+        if self.evaluation.num_envs == 0 and getattr(self.env, "batched", False):
+            together = max(together, _BATCHED_EVALUATION)
+        return min(episodes, together)

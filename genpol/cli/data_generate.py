@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genpol.cli.data import interrupted, whole_number
 from genpol.cli.list import names
 from genpol.envs.settings import OGBENCH_NAMES
 from genpol.errors import ConfigError, nearest
@@ -31,6 +32,7 @@ episodes of 1000 transitions, and one with a tenth as many for validation, whose
                    1M (cube-single, cube-double, scene, puzzle-3x3, puzzle-4x4), 3M (cube-triple,
                    puzzle-4x5) and 5M (cube-quadruple, puzzle-4x6)
   output           file to write, datasets/<name>-<kind>-v0.npz by default
+  seed             of all episodes
   num_workers      processes; 0 takes all cores. The data do not depend on it.
   kind             play: plans with smooth noise; noisy: closed-loop oracles with more of it
 
@@ -40,8 +42,6 @@ examples:
   genpol data generate env=cube-single-play
   genpol data generate env=puzzle-3x3-play num_transitions=5e4 output=small.npz
 """
-
-_INTERRUPTED = {"SIGINT": 130, "SIGTERM": 143}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,7 @@ def _generate(generation: Generation, num_workers: int) -> int:
                 generation.finish()
                 complete = True
     if not complete:
-        sys.stdout.write(
-            f"stopped by {signals.stop_signal} after {finished} of {plan.num_episodes} episodes, "
-            f"which {generation.folder} keeps; the same command goes on\n"
-        )
-        return _INTERRUPTED[signals.stop_signal or "SIGINT"]
+        return interrupted(signals.stop_signal, finished, plan.num_episodes, generation.folder)
     for split, path in (("train", generation.output), ("val", generation.validation_output)):
         sys.stdout.write(f"{path}: {length * plan.episodes[split]:,} transitions\n")
     return 0
@@ -130,10 +126,10 @@ def _parse(arguments: Sequence[str]) -> _Options:
         raise ConfigError("no environment given: add env=<name>, for example env=cube-single-play")
     options = _Options(
         env=_environment(given["env"]),
-        num_transitions=_whole_number(given, "num_transitions", 1_000_000),
+        num_transitions=whole_number(given, "num_transitions", 1_000_000),
         output=_file(given["output"]) if "output" in given else None,
-        seed=_whole_number(given, "seed", 0),
-        num_workers=_whole_number(given, "num_workers", 0),
+        seed=whole_number(given, "seed", 0),
+        num_workers=whole_number(given, "num_workers", 0),
         kind=given.get("kind", "play"),
     )
     at_least("num_transitions", options.num_transitions, 1)
@@ -155,18 +151,3 @@ def _file(name: str) -> Path:
     if not name.endswith(".npz"):
         raise ConfigError(f"output = {name!r}: must end in .npz")
     return Path(name).expanduser()
-
-
-def _whole_number(given: dict[str, str], key: str, default: int) -> int:
-    """Read an integer, which may be written 1e6 or 1_000_000."""
-    if key not in given:
-        return default
-    readers: tuple[Callable[[str], float], ...] = (int, float)
-    for reader in readers:
-        try:
-            number = reader(given[key])
-            if number == int(number):
-                return int(number)
-        except (ValueError, OverflowError):
-            continue
-    raise ConfigError(f"{key} = {given[key]!r}: must be an integer")

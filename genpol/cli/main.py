@@ -110,7 +110,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     command = _load(arguments[0])
     if any(argument in _HELP for argument in arguments[1:]):
-        sys.stdout.write(command.USAGE.strip() + "\n")
+        sys.stdout.write(_usage(command, arguments[1:]))
         return 0
     code: int = command.run(arguments[1:])
     return code
@@ -118,7 +118,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _help(topics: list[str]) -> int:
     if topics:
-        sys.stdout.write(_load(topics[0]).USAGE.strip() + "\n")
+        sys.stdout.write(_usage(_load(topics[0]), topics[1:]))
         return 0
     lines = ["genpol: reinforcement learning with generative policies", ""]
     lines += ["usage: genpol <command> [key=value ...]", "", "commands:"]
@@ -128,6 +128,13 @@ def _help(topics: list[str]) -> int:
     lines += ["  genpol --version                 prints the version"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _usage(command: ModuleType, arguments: list[str]) -> str:
+    """Return the help of a command, or of its action that ``arguments`` begin with."""
+    usage_of = getattr(command, "usage_of", None)
+    text: str = command.USAGE if usage_of is None else usage_of(arguments)
+    return text.strip() + "\n"
 
 
 def _summaries() -> dict[str, str]:

@@ -164,6 +164,7 @@ def open_data(settings: TrainSettings, agent: Agent) -> OfflineDataset | None:
             f"agent={name} learns from data: add data=<data set>; `genpol data --help` says how to "
             "make one"
         )
+    from genpol.cli.data import warn_of_action_repeat
     from genpol.data.formats import open_dataset
     from genpol.envs import relabel
 
@@ -177,6 +178,7 @@ def open_data(settings: TrainSettings, agent: Agent) -> OfflineDataset | None:
                 f"{settings.data}: has {what} of width {found}, the environment has {wanted}; take "
                 "the environment that the data come from"
             )
+    warn_of_action_repeat(dataset, settings.data, agent.specs.action_repeat)
     return dataset
 
 

@@ -93,16 +93,16 @@ def canonical(name: str, values: Any, source: Source) -> Array:
     _check_shape(name, values, source)
     if name in _FLAGS and values.dtype != bool:
         _check_flags(name, values, source)
-    if name == "action":
-        if values.dtype.kind != "f":
-            raise DatasetError(
-                f"{source.at(name)}: holds {values.dtype}, codes of discrete actions; only "
-                "continuous actions are read"
-            )
-        if values.dtype.itemsize > 4:
-            return values  # rounded once the bounds are checked
+    if name == "action" and values.dtype.kind != "f":
+        raise DatasetError(
+            f"{source.at(name)}: holds {values.dtype}, codes of discrete actions, which are not "
+            "read; if they are counts, give action_low= and action_high= of `genpol data convert`"
+        )
+    array: Array = values
+    if name == "action" and array.dtype.itemsize > 4:
+        return array  # rounded once the bounds are checked
     with np.errstate(over="ignore"):  # becomes infinite, which is refused
-        return values.astype(stored_dtype(name, values.dtype), copy=False)
+        return array.astype(stored_dtype(name, array.dtype), copy=False)
 
 
 def stored_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -140,8 +140,27 @@ def verify(name: str, values: Array, source: Source) -> None:
     Raises:
         DatasetError: At the first such value.
     """
+    verify_finite(name, values, source)
+    if name == "action":
+        refuse_any(
+            np.abs(values) > 1.0 + ROUNDING,
+            name,
+            values,
+            source,
+            "outside [-1, 1]",
+            "scale the actions to that range, which every environment of genpol has, with "
+            "action_low= and action_high= of `genpol data convert`",
+        )
+
+
+def verify_finite(name: str, values: Array, source: Source) -> None:
+    """Refuse values that are not finite in a column that learners read.
+
+    Raises:
+        DatasetError: At the first such value.
+    """
     if name in _FINITE and values.dtype.kind == "f":
-        _refuse_any(
+        refuse_any(
             ~np.isfinite(values),
             name,
             values,
@@ -149,15 +168,26 @@ def verify(name: str, values: Array, source: Source) -> None:
             "not a finite number (of 32 bits)" if name in _FLOAT32 else "not a finite number",
             "remove this trajectory from the data",
         )
-    if name == "action":
-        _refuse_any(
-            np.abs(values) > 1.0 + ROUNDING,
-            name,
-            values,
-            source,
-            "outside [-1, 1]",
-            "scale the actions to [-1, 1], the range of every environment of genpol",
-        )
+
+
+def refuse_any(bad: Array, name: str, values: Array, source: Source, what: str, mend: str) -> None:
+    """Refuse values if one is bad.
+
+    Args:
+        bad: Which values are, of their shape.
+        name: Name of the column.
+        values: Its values, ``[rows, ...]``.
+        source: Whom to blame.
+        what: What a bad value is.
+        mend: What to do about it.
+
+    Raises:
+        DatasetError: At the first that is; the message names its row.
+    """
+    if not bad.any():
+        return
+    index = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise DatasetError(f"{source.at(name, index[0])}: {values[index]:.7g} is {what}; {mend}")
 
 
 def _check_shape(name: str, values: Array, source: Source) -> None:
@@ -175,7 +205,7 @@ def _check_shape(name: str, values: Array, source: Source) -> None:
 
 
 def _check_flags(name: str, values: Array, source: Source) -> None:
-    _refuse_any(
+    refuse_any(
         (values != 0) & (values != 1),
         name,
         values,
@@ -183,13 +213,6 @@ def _check_flags(name: str, values: Array, source: Source) -> None:
         "neither 0 nor 1",
         "store flags as 0, 1",
     )
-
-
-def _refuse_any(bad: Array, name: str, values: Array, source: Source, what: str, mend: str) -> None:
-    if not bad.any():
-        return
-    index = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise DatasetError(f"{source.at(name, index[0])}: {values[index]:.7g} is {what}; {mend}")
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

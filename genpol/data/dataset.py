@@ -131,11 +131,12 @@ class OfflineDataset:
         Raises:
             IndexError: If there is no such transition.
         """
-        index = np.asarray(index, dtype=np.int64)
-        if index.size and (index.min() < 0 or index.max() >= self.num_transitions):
+        numbers: Array = np.asarray(index, dtype=np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.num_transitions):
             raise IndexError(f"transitions are numbered 0 to {self.num_transitions - 1}")
         # Each trajectory before it has one row more than it has transitions.
-        return index + np.searchsorted(self._transitions_until, index, side="right")
+        rows: Array = numbers + np.searchsorted(self._transitions_until, numbers, side="right")
+        return rows
 
     def validate(self, file: str = "") -> None:
         """Read every value and check that it may stand where it stands.

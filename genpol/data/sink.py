@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from genpol.data.columns import REQUIRED, Array, Source, checked
+from genpol.data.actions import ActionRange, float_actions
+from genpol.data.columns import REQUIRED, Array, Source, checked, verify_finite
 from genpol.errors import DatasetError
 
 _NOWHERE = Source()
@@ -22,6 +23,8 @@ class RowSink:
 
     Attributes:
         metadata: Facts about the data, as JSON can say them.
+        action_range: Between which bounds the actions lie that are appended, if not in [-1, 1]. If
+            it is set before a file is read, what the file itself says of it is not asked for.
         num_rows: Rows taken so far.
         num_trajectories: Trajectories that have ended so far.
         open_rows: Rows since the last trajectory ended.
@@ -29,6 +32,7 @@ class RowSink:
 
     def __init__(self, metadata: Mapping[str, Any] | None = None) -> None:
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self.action_range: ActionRange | None = None
         self.num_rows = 0
         self.num_trajectories = 0
         self.open_rows = 0
@@ -60,6 +64,9 @@ class RowSink:
             return
         ends = np.flatnonzero(last)
         self._check_trajectories(ends, source)
+        if self.action_range is not None:
+            actions = self.action_range.normalized(columns["action"], last, source)
+            columns = {**columns, "action": actions}
         rows = {name: checked(name, columns[name], last, source) for name in sorted(columns)}
         self._check_schema(rows, source)
         self._accept(rows, ends)
@@ -95,6 +102,12 @@ class RowSink:
         last = np.zeros(num_rows, dtype=bool)
         last[-1:] = True
         self.append_rows(arrays, last, source=source)
+
+    def note_action_range(self) -> None:
+        """Put into the metadata in what range the actions were given, once all rows are there."""
+        if self.action_range is not None and self._schema:
+            (width,) = self._schema["action"][1]
+            self.metadata.update(self.action_range.describe(width, self.metadata))
 
     def check_ended(self, source: Source, column: str, *, num_rows: int | None = None) -> None:
         """Refuse data whose last trajectory has not ended, and data without any trajectory.
@@ -165,6 +178,41 @@ class MemorySink(RowSink):
     def _accept(self, rows: dict[str, Array], ends: Array) -> None:
         self._parts.append(rows)
         self._ends.append(self.num_rows + ends.astype(np.int64))
+
+
+class ActionRangeSink(RowSink):
+    """Finds the range of actions in whatever units, and checks all else as usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._low: Array | None = None
+        self._high: Array | None = None
+
+    def append_rows(
+        self, columns: Mapping[str, Any], last: Any, *, source: Source = _NOWHERE
+    ) -> None:
+        """Append rows, of which only the actions of steps count for the range."""
+        self.action_range = None  # that of the file does not matter
+        _check_required(columns, source)
+        actions = np.asarray(columns["action"])
+        super().append_rows({**columns, "action": np.zeros(actions.shape)}, last, source=source)
+        last = np.asarray(last, dtype=bool)
+        actions = float_actions(actions, source)
+        actions[last] = 0
+        verify_finite("action", actions, source)
+        if not last.all():
+            self._extend(actions[~last])
+
+    def found(self) -> ActionRange:
+        """Return the least and the greatest value of each dimension."""
+        assert self._low is not None
+        assert self._high is not None
+        return ActionRange(self._low, self._high)
+
+    def _extend(self, actions: Array) -> None:
+        low, high = actions.min(axis=0), actions.max(axis=0)
+        self._low = low if self._low is None else np.minimum(self._low, low)
+        self._high = high if self._high is None else np.maximum(self._high, high)
 
 
 def _check_required(columns: Mapping[str, Any], source: Source) -> None:

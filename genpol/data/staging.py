@@ -3,24 +3,31 @@
 The staging folder of ``NAME`` is ``.tmp-NAME``. It belongs to one process at a time: an advisory
 lock on it, which the system drops when the process ends however it ends, tells a leftover from work
 in progress. Where the file system knows no locks, nothing keeps two processes apart.
+
+What takes hours to make stays in the folder when it is interrupted, with a recipe that tells what
+it is (:meth:`Staging.claim`): the same command goes on with it, and any other leaves it alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from genpol.errors import DatasetError
+from genpol.errors import ConfigError, DatasetError
 
 if sys.platform != "win32":
     import fcntl
 
 _PREFIX = ".tmp-"
+_RECIPE = "recipe.json"
+_MADE = "made"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,11 +55,65 @@ class Staging:
             while not self._owned:
                 self._owned = self._take(wait)
 
+    @classmethod
+    def empty(cls, target: Path) -> Staging:
+        """Take the staging folder of ``target`` without what may lie in it.
+
+        Raises:
+            DatasetError: As the class does, and as :meth:`clear` does.
+        """
+        staging = cls(target)
+        try:
+            staging.clear()
+        except BaseException:
+            staging.release()
+            raise
+        return staging
+
+    def claim(self, recipe: Mapping[str, Any]) -> None:
+        """See that what lies in the folder was made by ``recipe``, and note that for the next time.
+
+        A folder without a recipe is cleared.
+
+        Args:
+            recipe: All that decides on the result, as JSON can say it.
+
+        Raises:
+            ConfigError: If an interrupted process followed another recipe.
+            DatasetError: If the folder cannot be written.
+        """
+        file = self.folder / _RECIPE
+        wanted = json.loads(json.dumps(recipe))  # as it will be read
+        with writing(self.target):
+            if not file.exists():
+                self.clear()
+                unfinished = file.with_suffix(".partial")
+                unfinished.write_text(json.dumps(wanted), encoding="utf-8")
+                flush(unfinished)
+                unfinished.replace(file)
+                return
+            found = _read_recipe(file)
+        if found != wanted:
+            raise ConfigError(
+                f"{self.folder}: holds what an interrupted command made of "
+                f"{_differences(found, wanted)}; repeat that command, remove the folder to begin "
+                "anew, or choose another output"
+            )
+
     def clear(self) -> None:
-        """Remove all that lies in the folder."""
+        """Remove all that lies in the folder.
+
+        Raises:
+            DatasetError: If that is the work of an interrupted command, which can go on with it.
+        """
+        if (self.folder / _RECIPE).exists():
+            raise DatasetError(
+                f"{self.folder}: holds what an interrupted command made, which can go on with it; "
+                "remove the folder, or choose another name"
+            )
         with writing(self.target):
             for entry in self.folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _remove(entry)
 
     def place(self, made: Path) -> None:
         """Move ``made``, the folder itself or something in it, to the target and make that durable.
@@ -60,7 +121,7 @@ class Staging:
         Raises:
             DatasetError: If the target exists by now, or cannot be made. Nothing is overwritten.
         """
-        _refuse_existing(self.target)
+        refuse_existing(self.target)
         with writing(self.target):
             if made.is_dir():
                 made.rename(self.target)
@@ -83,7 +144,7 @@ class Staging:
 
     def _take(self, wait: bool) -> bool:
         """Make the folder if need be and lock it; return whether it still is the one locked."""
-        _refuse_existing(self.target)
+        refuse_existing(self.target)
         self.folder.mkdir(parents=True, exist_ok=True)
         if sys.platform == "win32":
             return True
@@ -103,23 +164,41 @@ class Staging:
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, staging: Staging | None = None) -> Iterator[Path]:
     """Give a path to write to, which becomes ``target`` if all goes well.
+
+    Args:
+        target: What is to be made.
+        staging: Its staging folder, if the caller has taken it: what else lies there stays.
 
     Raises:
         DatasetError: If the target exists or cannot be written. Nothing is left behind.
     """
-    staging = Staging(target)
+    taken = staging or Staging.empty(target)
+    made = taken.folder / _MADE
     try:
-        staging.clear()
-        made = staging.folder / target.name
         with writing(target):
+            _remove(made)
             yield made
             for path in (made, *made.rglob("*")):
                 flush(path)
-        staging.place(made)
+        taken.place(made)
     finally:
-        staging.discard()
+        if staging is None:
+            taken.discard()
+        else:
+            with contextlib.suppress(OSError):  # of no account beside what went wrong before
+                _remove(made)
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuse to make what exists.
+
+    Raises:
+        DatasetError: If ``target`` does, be it as a broken link.
+    """
+    if os.path.lexists(target):
+        raise DatasetError(f"{target}: exists; nothing is overwritten, choose another name")
 
 
 @contextlib.contextmanager
@@ -148,9 +227,24 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
-        raise DatasetError(f"{target}: exists; nothing is overwritten, choose another name")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    raise ConfigError(f"{file}: damaged; remove {file.parent} to begin anew")
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {found.get(key)} and not {wanted.get(key)}" for key in keys)
 
 
 def _lock(descriptor: int, target: Path, wait: bool) -> None:
@@ -171,7 +265,7 @@ def _move_file(made: Path, target: Path) -> None:
     try:
         os.link(made, target)  # unlike a rename, replaces nothing that came up meanwhile
     except FileExistsError:
-        _refuse_existing(target)
+        refuse_existing(target)
         raise
     except OSError:  # a file system without hard links
         made.rename(target)

@@ -14,6 +14,9 @@ from torch import Tensor
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
 from genpol.agent import StatefulPolicy
+from genpol.errors import EnvironmentFault
+
+_ATTEMPTS = 10  # at an episode whose physics do not diverge
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,14 @@ def trajectories(
     episodes: int,
     seed: int,
     deterministic: bool,
+    on_step: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Run complete episodes and yield each as a trajectory, as data sets hold them.
 
     Every environment contributes the same number of them (up to a rest), so that short ones are not
-    over-represented. They come in the order in which they end; one whose physics diverged is left
-    out and made up for.
+    over-represented. They come in rounds, each seeded by itself, and in the order of the
+    environments within a round, whichever ends first. One whose physics diverged is left out, and
+    the same environment makes up for it.
 
     Args:
         policy: See :func:`evaluate`.
@@ -171,30 +176,63 @@ def trajectories(
         episodes: Number of episodes.
         seed: See :func:`evaluate`.
         deterministic: See :func:`evaluate`.
+        on_step: Called after every step; an exception that it raises ends the episodes.
 
     Yields:
         ``observation`` ``[T + 1, d]``, ``action`` ``[T, A]``, ``reward`` and ``terminated``
         ``[T]``, and ``success`` where the environment tells.
+
+    Raises:
+        EnvironmentFault: If the physics of one environment diverge time and again.
     """
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     num_envs = env.batch_size[0]
-    begun: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num_envs)]
-    wanted = [episodes // num_envs + (index < episodes % num_envs) for index in range(num_envs)]
     with set_exploration_type(kind), _apart(policy, seed):
-        env.set_seed(seed)
-        tensordict = env.reset()
-        while any(wanted):
-            tensordict = env.step(policy(tensordict))
-            rows = _arrays(tensordict)
-            done = tensordict["next", "done"].squeeze(-1).tolist()
-            for index, steps in enumerate(begun):
-                steps.append({name: values[index] for name, values in rows.items()})
-                if done[index]:
-                    begun[index] = []
-                    if wanted[index] > 0 and not any(step["diverged"] for step in steps):
-                        wanted[index] -= 1
-                        yield _trajectory(steps)
-            tensordict = env.maybe_reset(env.step_mdp(tensordict))
+        for first in range(0, episodes, num_envs):
+            env.set_seed(seed + first)
+            yield from _record_round(policy, env, min(num_envs, episodes - first), on_step)
+
+
+def _record_round(
+    policy: TensorDictModuleBase,
+    env: EnvBase,
+    wanted: int,
+    on_step: Callable[[], None] | None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield one trajectory from each of the first ``wanted`` environments, in their order."""
+    begun: dict[int, list[dict[str, np.ndarray]]] = {index: [] for index in range(wanted)}
+    ended: dict[int, dict[str, np.ndarray]] = {}
+    diverged = [0] * wanted
+    yielded = 0
+    tensordict = env.reset()
+    while begun:
+        tensordict = env.step(policy(tensordict))
+        if on_step is not None:
+            on_step()
+        rows = _arrays(tensordict)
+        done = tensordict["next", "done"].squeeze(-1).tolist()
+        for index, steps in list(begun.items()):
+            steps.append({name: values[index] for name, values in rows.items()})
+            if not done[index]:
+                continue
+            if any(step["diverged"] for step in steps):
+                diverged[index] += 1
+                _check_divergence(env, diverged[index])
+                begun[index] = []
+            else:
+                ended[index] = _trajectory(begun.pop(index))
+        while yielded in ended:
+            yield ended.pop(yielded)
+            yielded += 1
+        tensordict = env.maybe_reset(env.step_mdp(tensordict))
+
+
+def _check_divergence(env: EnvBase, diverged: int) -> None:
+    if diverged == _ATTEMPTS:
+        raise EnvironmentFault(
+            f"environment {env.name}: the physics diverged in {diverged} episodes, one after the "
+            "other, with this policy; take another checkpoint"
+        )
 
 
 def _arrays(tensordict: TensorDictBase) -> dict[str, np.ndarray]:

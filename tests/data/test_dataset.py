@@ -110,8 +110,9 @@ def test_actions_are_clipped_by_no_more_than_rounding():
     assert data.columns["action"][0, 0] == 1
     message = refusal(trajectory(1), trajectory(3) | {"action": [[0.5], [-1.00002], [7.0]]})
     assert message == (
-        "trajectory 1: action row 1: -1.00002 is outside [-1, 1]; scale the actions to [-1, 1], "
-        "the range of every environment of genpol"
+        "trajectory 1: action row 1: -1.00002 is outside [-1, 1]; scale the actions to that range, "
+        "which every environment of genpol has, with action_low= and action_high= of `genpol data "
+        "convert`"
     )
 
 

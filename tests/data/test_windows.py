@@ -149,6 +149,25 @@ def test_relabelling_gives_the_published_targets():
     assert steps.tolist() == [0, 24, 25, 25]
 
 
+@pytest.mark.parametrize(("horizon", "sweeps"), [(1, 100), (5, 20), (25, 4)])
+def test_a_table_of_a_long_chain_is_exact_after_the_published_number_of_sweeps(horizon, sweeps):
+    """They carry the goal's own value, 1, back to the start; what that is takes one more."""
+    length, gamma = 100, 0.99
+    rows = torch.arange(length + 1)
+    reward, discount, steps = relabel(
+        rows, torch.full_like(rows, length), steps=horizon, gamma=gamma, rule="reach"
+    )
+    exact = gamma ** (length - rows)
+    for known in (1.0, 0.0):
+        value = torch.zeros(length + 1)
+        value[length] = known
+        needed = 0
+        while (value - exact).abs().max() > 1e-5 and needed <= length + 1:
+            value = reward + discount * value[rows + steps]
+            needed += 1
+        assert needed == sweeps + (known == 0.0)
+
+
 @pytest.mark.parametrize(
     ("gamma", "expected"), [(0.9, [0.0, -1.9, -2.71]), (1.0, [0.0, -2.0, -3.0])]
 )

@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase, ExplorationType, exploration_type
 from genpol import agents, envs
 from genpol.agent import Specs
 from genpol.envs import MujocoSettings
+from genpol.errors import EnvironmentFault
 from genpol.training.evaluation import evaluate, record, trajectories
 
 
@@ -339,3 +340,69 @@ def test_trajectories_are_whole_episodes_with_their_final_state(point_mass):
         np.testing.assert_allclose(trajectory["reward"], expected, atol=1e-6)
     starts = {float(trajectory["observation"][0, 0]) for trajectory in found}
     assert len(starts) == 6
+
+
+def lengths(found):
+    return [len(trajectory["action"]) for trajectory in found]
+
+
+def test_trajectories_come_in_the_order_of_the_environments(still):
+    """Whichever ends first: what a recording holds says which episodes are missing."""
+    env = ScriptedEnv(reward=[[0] * 4] * 3, end=[[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]])
+    found = list(trajectories(still, env, episodes=3, seed=0, deterministic=True))
+    assert lengths(found) == [4, 2, 3]
+    starts = [float(trajectory["observation"][0, 0]) for trajectory in found]
+    assert starts == env.starts[0].squeeze(-1).tolist()
+
+
+def test_a_rest_of_trajectories_is_that_of_the_first_environments(still):
+    env = ScriptedEnv(reward=[[0] * 4] * 3, end=[[0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]])
+    found = list(trajectories(still, env, episodes=5, seed=0, deterministic=True))
+    assert lengths(found) == [4, 2, 1, 4, 2]
+    assert len(env.starts) == 2
+
+
+def test_every_round_of_trajectories_can_be_had_by_itself(still):
+    env = ScriptedEnv(reward=[[0]] * 3, end=[[1]] * 3)
+    found = list(trajectories(still, env, episodes=6, seed=5, deterministic=True))
+    alone = list(trajectories(still, env, episodes=3, seed=8, deterministic=True))
+    for one, other in zip(found[3:], alone, strict=True):
+        assert np.array_equal(one["observation"], other["observation"])
+
+
+def test_a_trajectory_that_diverged_is_made_up_for_by_its_environment(still):
+    env = ScriptedEnv(
+        reward=[[1, 2, 3, 4, 5]] * 2,
+        end=[[0, 0, 0, 0, 1], [0, 1, 0, 0, 0]],
+        diverged=[[0, 1, 0, 0, 0], [0, 0, 0, 0, 0]],
+    )
+    found = list(trajectories(still, env, episodes=2, seed=0, deterministic=True))
+    assert [trajectory["reward"].tolist() for trajectory in found] == [[3, 4, 5], [1, 2]]
+    assert float(found[0]["observation"][0, 0]) != float(env.starts[0][0])
+
+
+def test_an_environment_that_always_diverges_is_no_endless_loop(still):
+    env = ScriptedEnv(reward=[[0]] * 2, end=[[0], [1]], diverged=[[1], [0]])
+    env.name = "scripted"
+    with pytest.raises(EnvironmentFault, match="environment scripted: the physics diverged in 10 "):
+        list(trajectories(still, env, episodes=2, seed=0, deterministic=True))
+    assert len(env.actions) == 10
+
+
+def test_trajectories_are_given_as_soon_as_they_are_whole(still):
+    env = ScriptedEnv(reward=[[0] * 3] * 2, end=[[1, 0, 0], [0, 0, 1]])
+    found = trajectories(still, env, episodes=2, seed=0, deterministic=True)
+    assert len(next(found)["action"]) == 1
+    assert len(env.actions) == 1
+
+
+def test_trajectories_can_be_stopped_after_any_step(still):
+    env = ScriptedEnv(reward=[[0] * 3] * 2, end=[[0, 0, 1]] * 2)
+
+    def stop():
+        if len(env.actions) == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(trajectories(still, env, episodes=2, seed=0, deterministic=True, on_step=stop))
+    assert len(env.actions) == 2

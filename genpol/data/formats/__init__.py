@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
+from genpol.data.actions import ActionRange
 from genpol.data.dataset import OfflineDataset
-from genpol.data.sink import RowSink
+from genpol.data.sink import ActionRangeSink, RowSink
+from genpol.data.staging import Staging, refuse_existing
 from genpol.data.store import DatasetWriter, open_store, verify_checksums
 from genpol.errors import ConfigError, DatasetError, nearest
 
@@ -28,11 +30,12 @@ FORMATS = {
 WRITABLE = ("genpol", "minari", "ogbench")
 
 # Part of the name of what is cached: raised when a reader comes to read the same file otherwise.
-_READERS_VERSION = 1
+_READERS_VERSION = 2
+_STORE = "store"
 
 
 class Format(Protocol):
-    """What the module of a format has; ``write`` only those of :data:`WRITABLE`."""
+    """What the module of a format has."""
 
     EXPECTED: str
 
@@ -42,12 +45,24 @@ class Format(Protocol):
     def read(self, path: Path, sink: RowSink) -> None:
         """Read ``path`` into ``sink``, in bounded memory."""
 
-    def write(self, dataset: OfflineDataset, path: Path) -> None:
-        """Write ``dataset`` to ``path``, whole or not at all."""
+
+class WritableFormat(Format, Protocol):
+    """What the modules of :data:`WRITABLE` have besides."""
+
+    def check_target(self, path: Path) -> None:
+        """Refuse a name that does not suit the format, and a package that is missing."""
+
+    def write(self, dataset: OfflineDataset, path: Path, staging: Staging | None = None) -> None:
+        """Write ``dataset`` to ``path``, whole or not at all, by way of :func:`staged`."""
 
 
 def _module(name: str) -> Format:
     return cast(Format, importlib.import_module(FORMATS[name]))
+
+
+def _writable(name: str) -> WritableFormat:
+    check_writable(name)
+    return cast(WritableFormat, importlib.import_module(FORMATS[name]))
 
 
 def detect(path: Path) -> str:
@@ -80,6 +95,24 @@ def read(path: Path, sink: RowSink) -> None:
         _module(name).read(path, sink)
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or error})") from error
+    sink.note_action_range()
+
+
+def find_action_range(path: Path) -> ActionRange:
+    """Return the least and the greatest value of each dimension of a file's actions.
+
+    Where the format keeps them (LeRobot's ``meta/stats.json``), those; else all rows are read.
+
+    Raises:
+        DatasetError: As :func:`read` does.
+    """
+    stated = getattr(_module(detect(path)), "stated_action_range", None)
+    found: ActionRange | None = None if stated is None else stated(path)
+    if found is None:
+        sink = ActionRangeSink()
+        read(path, sink)
+        found = sink.found()
+    return found
 
 
 def check_writable(name: str) -> None:
@@ -96,24 +129,78 @@ def check_writable(name: str) -> None:
         )
 
 
+def check_target(path: Path, name: str) -> None:
+    """Refuse what could not be written in the end, before the work is done that leads there.
+
+    Args:
+        path: What is to be made.
+        name: Its format.
+
+    Raises:
+        ConfigError: If there is no such format, or it is only read.
+        DatasetError: If ``path`` exists, or has a name that the format does not allow.
+        MissingExtraError: If a package is missing that writes the format.
+    """
+    _writable(name).check_target(path)
+    refuse_existing(path)
+
+
 def write(dataset: OfflineDataset, path: Path, name: str = "genpol") -> None:
     """Write ``dataset`` in the format ``name``.
 
     Raises:
         ConfigError: If there is no such format, or it is only read.
-        DatasetError: If ``path`` exists or cannot be written.
+        DatasetError: If ``path`` exists, has an unsuitable name, or cannot be written.
+        MissingExtraError: If a package is missing that writes the format.
     """
-    check_writable(name)
-    _module(name).write(dataset, path)
+    _writable(name).write(dataset, path)
 
 
-def convert(path: Path, target: Path) -> None:
-    """Convert ``path`` into the native store ``target``, telling how far it is on a terminal.
+def place(store: Path, staging: Staging, name: str) -> None:
+    """Put the rows of a native store in the place of a target, and remove the staging folder.
+
+    Args:
+        store: The store, which lies in the staging folder.
+        staging: The staging folder of the target.
+        name: Format of the target.
 
     Raises:
+        DatasetError: If the target exists by now or cannot be written; the store is then as it was.
+    """
+    if name == "genpol":
+        staging.place(store)
+    else:
+        _writable(name).write(open_store(store), staging.target, staging)
+    staging.discard()
+
+
+def convert(
+    path: Path, target: Path, name: str = "genpol", *, action_range: ActionRange | None = None
+) -> None:
+    """Convert ``path`` into ``target``, telling how far it is on a terminal.
+
+    Args:
+        path: A data set of any format.
+        target: What to make.
+        name: Format of ``target``.
+        action_range: Bounds of the actions in ``path``; they become -1 and 1.
+
+    Raises:
+        ConfigError: If there is no format ``name``, or it is only read.
         DatasetError: As :func:`read` does, and if ``target`` exists or cannot be written.
     """
-    _convert(path, target, wait=False)
+    check_target(target, name)
+    if name == "genpol":
+        _convert(path, target, wait=False, action_range=action_range)
+    elif action_range is None:
+        write(open_dataset(path), target, name)
+    else:  # the cache holds what the file says, not what somebody says of it
+        staging = Staging.empty(target)
+        try:
+            _convert(path, staging.folder / _STORE, wait=False, action_range=action_range)
+            place(staging.folder / _STORE, staging, name)
+        finally:
+            staging.discard()
 
 
 def validate(path: Path) -> tuple[int, int]:
@@ -162,8 +249,11 @@ def open_dataset(path: str | Path, *, cache: Path | None = None) -> OfflineDatas
         raise DatasetError(f"{error}: remove {target}, it is only a cache of {path}") from None
 
 
-def _convert(path: Path, target: Path, *, wait: bool) -> None:
+def _convert(
+    path: Path, target: Path, *, wait: bool, action_range: ActionRange | None = None
+) -> None:
     with _progress(path) as report, DatasetWriter(target, progress=report, wait=wait) as writer:
+        writer.action_range = action_range
         read(path, writer)
 
 

@@ -60,22 +60,24 @@ def read(path: Path, sink: RowSink) -> None:
     """
     with hdf5.opened(path) as file:
         arrays, names = _columns(file, path)
-        timeouts = file.get("timeouts")
-        following = file.get("next_observations")
+        timeouts, following = (
+            hdf5.member(file, key) if key in file else None
+            for key in ("timeouts", "next_observations")
+        )
         extra = {"timeouts": timeouts, "next_observations": following}
         _check_lengths(arrays | {k: v for k, v in extra.items() if v is not None}, names, path)
         sink.metadata.update(format="d4rl", source=str(path))
         rows = TransitionRows(sink)
         num_ends = 0
         for block in blocks(len(arrays["observation"]), row_bytes(arrays)):
-            columns = {name: array[block] for name, array in arrays.items()}
+            columns = {name: hdf5.read_rows(array, block) for name, array in arrays.items()}
             source = Source(file=str(path), names=names, rows=range(block.start, block.stop))
             terminated = canonical("terminated", columns["terminated"], source)
             end = terminated.copy()
             if timeouts is not None:
                 as_timeouts = replace(source, names={"terminated": "timeouts"})
-                end |= canonical("terminated", timeouts[block], as_timeouts)
-            after = None if following is None else following[block]
+                end |= canonical("terminated", hdf5.read_rows(timeouts, block), as_timeouts)
+            after = None if following is None else hdf5.read_rows(following, block)
             if after is not None:
                 end |= _breaks(arrays["observation"], after, block)
             num_ends += int(end.sum())
@@ -98,11 +100,11 @@ def _columns(file: Any, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             raise DatasetError(f"{path}: {name}: missing; {EXPECTED} is expected")
     names = {name: key for name, key in _NAMES.items() if key in file}
     if "infos" in file:
-        for key, array in hdf5.leaves(file["infos"]).items():
+        for key, array in hdf5.leaves(hdf5.member(file, "infos")).items():
             if array.dtype.kind in "biuf" and array.ndim:
                 name = key if key in _STATES else f"infos.{key.replace('/', '.')}"
                 names[name] = f"infos/{key}"
-    arrays = {name: file[key] for name, key in names.items()}
+    arrays = {name: hdf5.member(file, key) for name, key in names.items()}
     for name, array in arrays.items():
         if not hasattr(array, "shape") or array.dtype.kind not in "biuf":
             raise DatasetError(f"{path}: {names[name]}: is no array of numbers")
@@ -130,7 +132,9 @@ def _check_lengths(arrays: dict[str, Any], names: dict[str, str], path: Path) ->
 
 def _breaks(observations: Any, following: Array, block: slice) -> Array:
     """Return the rows whose next observation is not the observation of the row below."""
-    below = observations[block.start + 1 : block.stop + 1]
+    below = hdf5.read_rows(
+        observations, slice(block.start + 1, min(block.stop + 1, len(observations)))
+    )
     differs = np.zeros(len(following), dtype=bool)
     gap = np.abs(below.astype(np.float64) - following[: len(below)])
     differs[: len(below)] = (gap > _TOLERANCE).any(axis=1)

@@ -34,17 +34,50 @@ def opened(path: Path) -> Iterator[Any]:
         MissingExtraError: If h5py is not installed.
     """
     h5py = require("h5py", "data")
+    with _reading(str(path)), h5py.File(path, "r") as file:
+        yield file
+
+
+def member(node: Any, key: str) -> Any:
+    """Return a group's or file's member ``key``, which must be there.
+
+    Raises:
+        DatasetError: If it is damaged; the message names it.
+    """
+    with _reading(_place(node, key)):
+        return node[key]
+
+
+def read_rows(array: Any, block: slice) -> Array:
+    """Return rows of an array.
+
+    Raises:
+        DatasetError: If they are damaged; the message names array and rows.
+    """
+    if isinstance(array, Joined):
+        return array[block]
+    with _reading(f"{_place(array)} rows {block.start} to {block.stop - 1}"):
+        return np.asarray(array[block])
+
+
+@contextlib.contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Tell what h5py raises where a file is damaged in one line that names the place."""
     try:
-        with h5py.File(path, "r") as file:
-            yield file
+        yield
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         # h5py has no errors of its own, but words: those of the last two are usually mistakes.
         if not isinstance(error, OSError | RuntimeError) and not _DAMAGE.search(str(error)):
             raise
         reason = " ".join(str(error).split())
         raise DatasetError(
-            f"{path}: damaged or cut short ({reason}); copy or download it again"
+            f"{place}: damaged or cut short ({reason}); copy or download it again"
         ) from error
+
+
+def _place(node: Any, key: str = "") -> str:
+    name = "/".join(part for part in ((node.name or "").strip("/"), key) if part)
+    return f"{node.file.filename}: {name}"
 
 
 def is_group(node: Any) -> bool:
@@ -58,7 +91,7 @@ def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     found: dict[str, Any] = {}
     for key in sorted(node.keys(), key=natural):
-        found |= leaves(node[key], f"{prefix}/{key}" if prefix else key)
+        found |= leaves(member(node, key), f"{prefix}/{key}" if prefix else key)
     return found
 
 
@@ -99,7 +132,7 @@ class Joined:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Array:
-        pieces = [part[rows] for part in self._parts]
+        pieces = [read_rows(part, rows) for part in self._parts]
         if len(pieces) == 1 and pieces[0].ndim == 2:
             return np.asarray(pieces[0])
         return np.concatenate([piece.reshape(len(piece), -1) for piece in pieces], axis=1)

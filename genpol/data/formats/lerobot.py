@@ -3,6 +3,7 @@
 ::
 
     meta/info.json                               codebase_version, total_frames, features, fps, ...
+    meta/stats.json                              least and greatest value of each feature, ...
     meta/episodes/chunk-<c>/file-<f>.parquet     episode_index, length, ... of each episode
     data/chunk-<c>/file-<f>.parquet              one row a frame, episodes one after the other
     videos/...                                   not read
@@ -17,6 +18,10 @@ stored. Rules, since the format itself leaves them open:
 - A terminated episode keeps its last step and with it the reward of success; its final state
   repeats the last observation. Any other loses its last step, and the last frame is its final
   state. See :mod:`genpol.data.formats.transitions`.
+
+Actions are commonly degrees or counts of an encoder, and the format has no place for their bounds.
+`genpol data convert` scales them with ``action_low=`` and ``action_high=``, or with
+``action_scale=data``, which takes the least and greatest ones of ``meta/stats.json``.
 
 Videos, images, text and arrays of more than one axis are not read; ``metadata["skipped"]`` names
 them. Other features, such as ``timestamp``, ``task_index`` or ``observation.environment_state``,
@@ -33,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from genpol.data.actions import ActionRange
 from genpol.data.columns import Array, Source, canonical
 from genpol.data.formats.hdf5 import natural
 from genpol.data.formats.transitions import TransitionRows
@@ -82,6 +88,30 @@ def read(path: Path, sink: RowSink) -> None:
         )
     sink.metadata.update(rows.notes())
     sink.check_ended(Source(file=str(path)), "data")
+
+
+def stated_action_range(path: Path) -> ActionRange | None:
+    """Return the least and the greatest action by ``meta/stats.json``, or ``None`` without it.
+
+    Raises:
+        DatasetError: If the file is damaged.
+    """
+    file = path / "meta" / "stats.json"
+    if not file.is_file():
+        return None
+    try:
+        stats = json.loads(file.read_text(encoding="utf-8"))
+        if _NAMES["action"] not in stats:
+            return None
+        low, high = (np.array(stats[_NAMES["action"]][key], np.float64) for key in ("min", "max"))
+        if low.ndim != 1 or low.shape != high.shape or not (low <= high).all():
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise DatasetError(
+            f"{file}: action: has no min and max of each dimension; give action_low= and "
+            "action_high= instead, or remove the file"
+        ) from None
+    return ActionRange(low, high)
 
 
 def _read_file(
@@ -219,7 +249,14 @@ def _batches(file: Path, names: list[str], widths: dict[str, int]) -> Iterator[d
         for name in names:
             if name not in opened.schema_arrow.names:
                 raise DatasetError(f"{file}: {name}: missing; copy or download the data set again")
-        for batch in opened.iter_batches(batch_size=size, columns=names):
+        batches = opened.iter_batches(batch_size=size, columns=names)
+        while True:
+            try:
+                batch = next(batches, None)
+            except _damage() as error:
+                raise _damaged(f"{file}: {_damaged_part(opened, names, row)}", error) from error
+            if batch is None:
+                return
             yield {
                 name: _values(batch.column(name), widths.get(name), f"{file}: {name}", row)
                 for name in names
@@ -230,16 +267,37 @@ def _batches(file: Path, names: list[str], widths: dict[str, int]) -> Iterator[d
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", "data")
-    arrow = require("pyarrow", "data")
     try:
         # Otherwise pyarrow holds whole row groups, which may be whole files.
         with parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as opened:
             yield opened
-    except (arrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DatasetError(
-            f"{file}: damaged or cut short ({reason}); copy or download it again"
-        ) from error
+    except _damage() as error:
+        raise _damaged(str(file), error) from error
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """Return what pyarrow raises where a file is damaged."""
+    arrow = require("pyarrow", "data")
+    return (arrow.ArrowException, OSError)
+
+
+def _damaged(place: str, error: Exception) -> DatasetError:
+    reason = " ".join(str(error).split())
+    return DatasetError(f"{place}: damaged or cut short ({reason}); copy or download it again")
+
+
+def _damaged_part(opened: Any, names: list[str], row: int) -> str:
+    """Return which column of which row group cannot be read from ``row`` on: nothing else tells."""
+    begin = 0
+    for group in range(opened.num_row_groups):
+        stop = begin + opened.metadata.row_group(group).num_rows
+        for name in names if stop > row else ():
+            try:
+                opened.read_row_group(group, columns=[name], use_threads=False)
+            except _damage():
+                return f"{name} row group {group}, from row {max(row, begin)} on"
+        begin = stop
+    return f"from row {row} on"
 
 
 def _values(column: Any, width: int | None, place: str, first_row: int) -> Array:

@@ -16,6 +16,9 @@ keep their names and ``infos/success`` is moved to the step that led to it; othe
 ``infos.<key>`` if they are numbers of T+1 or T rows, and are named in ``metadata["skipped"]`` if
 not.
 
+Actions are scaled to [-1, 1] by the bounds of the action space in ``metadata.json``, which are -0.4
+and 0.4 of Humanoid's; ``metadata["action_low"]`` and ``metadata["action_high"]`` record them.
+
 What is written can be read by the minari package and comes back here as it was: columns that
 Minari has no place for are stored as infos, and ``metadata.json`` names them in an entry
 ``genpol``.
@@ -33,11 +36,12 @@ from typing import Any
 
 import numpy as np
 
+from genpol.data.actions import ActionRange
 from genpol.data.columns import Array, Source, blocks, row_bytes
 from genpol.data.dataset import OfflineDataset
 from genpol.data.formats import hdf5
 from genpol.data.sink import RowSink
-from genpol.data.staging import staged
+from genpol.data.staging import Staging, staged
 from genpol.errors import DatasetError, require
 
 EXPECTED = "a folder with data/main_data.hdf5 and data/metadata.json"
@@ -52,6 +56,7 @@ _NAMES = {
     "reward": "rewards",
     "terminated": "terminations",
 }
+_UNBOUNDED = 1e30  # the greatest numbers of a type stand for no bound, too
 _SIMULATOR = ("qpos", "qvel", "button_states")
 
 
@@ -73,6 +78,8 @@ def read(path: Path, sink: RowSink) -> None:
     if not file_path.is_file():
         raise DatasetError(f"{file_path}: missing; copy or download the data set again")
     sink.metadata.update(_facts(metadata, path))
+    if sink.action_range is None:
+        sink.action_range = _action_range(metadata, folder / _METADATA)
     with hdf5.opened(file_path) as file:
         episodes = sorted(file.keys(), key=hdf5.natural)
         if len(episodes) != metadata.get("total_episodes", len(episodes)):
@@ -82,28 +89,41 @@ def read(path: Path, sink: RowSink) -> None:
             )
         reader = _Episodes(file_path, sink, metadata.get("genpol", {}))
         for episode in episodes:
-            reader.read(file[episode], episode)
+            reader.read(hdf5.member(file, episode), episode)
     sink.check_ended(Source(file=str(file_path)), "episodes")
 
 
-def write(dataset: OfflineDataset, path: Path) -> None:
-    """Write ``dataset`` so that ``minari.load_dataset`` finds it.
-
-    Args:
-        dataset: What to write. Rewards and terminations that it lacks are written as zeros.
-        path: The folder of the data set, ``~/.minari/datasets/<id>`` for instance. Its name ends in
-            a version, ``-v0``.
+def check_target(path: Path) -> None:
+    """Refuse a name that Minari would not find.
 
     Raises:
-        DatasetError: If the name has no version, or ``path`` exists or cannot be written.
+        DatasetError: If the name of the folder has no version.
+        MissingExtraError: If h5py is not installed.
     """
     if not _NAME.fullmatch(path.name):
         raise DatasetError(
             f"{path}: Minari's names are letters, digits, _ and -, and end in a version, such as "
             f"{re.sub(r'[^-_0-9A-Za-z]', '_', path.stem) or 'data'}-v0"
         )
+    require("h5py", "data")
+
+
+def write(dataset: OfflineDataset, path: Path, staging: Staging | None = None) -> None:
+    """Write ``dataset`` so that ``minari.load_dataset`` finds it.
+
+    Args:
+        dataset: What to write. Rewards and terminations that it lacks are written as zeros.
+        path: The folder of the data set, ``~/.minari/datasets/<id>`` for instance. Its name ends in
+            a version, ``-v0``.
+        staging: See :func:`~genpol.data.staging.staged`.
+
+    Raises:
+        DatasetError: If the name has no version, or ``path`` exists or cannot be written.
+        MissingExtraError: If h5py is not installed.
+    """
+    check_target(path)
     h5py = require("h5py", "data")
-    with staged(path) as made:
+    with staged(path, staging) as made:
         (made / "data").mkdir(parents=True)
         with h5py.File(made / "data" / _DATA, "w") as file:
             for number in range(dataset.num_trajectories):
@@ -153,6 +173,46 @@ def _facts(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
     return facts | {"format": "minari", "source": str(path)}
 
 
+def _action_range(metadata: dict[str, Any], file: Path) -> ActionRange | None:
+    """Return the bounds of the action space, or ``None`` where they are -1 and 1 or unknown.
+
+    A dimension without bounds is read as it is.
+    """
+    if "action_space" not in metadata:
+        return None
+    try:
+        boxes = _boxes(json.loads(metadata["action_space"]))
+        if boxes is None:  # its actions are refused as what they are
+            return None
+        low, high = (np.concatenate(bounds) for bounds in zip(*boxes, strict=True))
+        if low.shape != high.shape or (low > high).any():
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise DatasetError(
+            f"{file}: action_space: is no space as minari writes it, with low <= high; copy the "
+            "data set again"
+        ) from None
+    is_bounded = (np.abs(low) < _UNBOUNDED) & (np.abs(high) < _UNBOUNDED)
+    low, high = np.where(is_bounded, low, -1.0), np.where(is_bounded, high, 1.0)
+    if (low == -1).all() and (high == 1).all():
+        return None
+    return ActionRange(low, high)
+
+
+def _boxes(space: dict[str, Any]) -> list[tuple[Array, Array]] | None:
+    """Return the bounds of a space's parts in the order in which actions are laid side by side."""
+    if space["type"] == "Box":
+        low, high = (np.asarray(space[bound], np.float64).ravel() for bound in ("low", "high"))
+        return [(low, high)]
+    if space["type"] not in ("Dict", "Tuple"):
+        return None
+    parts = space["subspaces"]
+    if isinstance(parts, dict):
+        parts = [parts[key] for key in sorted(parts, key=hdf5.natural)]
+    found = [_boxes(part) for part in parts]
+    return None if None in found else [box for boxes in found for box in boxes or ()]
+
+
 class _Episodes:
     """Hands the episodes of one file to a sink, all with the infos of the first."""
 
@@ -167,22 +227,23 @@ class _Episodes:
         for key in (*_NAMES.values(), "truncations"):
             if key not in group:
                 raise DatasetError(f"{self._file}: {episode}/{key}: missing; copy the data again")
-        arrays: dict[str, Any] = {
-            name: hdf5.Joined(hdf5.leaves(group[key]), f"{self._file}: {episode}/{key}")
-            for name, key in (("observation", "observations"), ("action", "actions"))
-        }
-        arrays |= {"reward": group["rewards"], "terminated": group["terminations"]}
-        if hdf5.is_group(group["observations"]):
-            keys = list(hdf5.leaves(group["observations"]))
+        arrays: dict[str, Any] = {name: hdf5.member(group, key) for name, key in _NAMES.items()}
+        if hdf5.is_group(arrays["observation"]):
+            keys = list(hdf5.leaves(arrays["observation"]))
             self._sink.metadata["observation_keys"] = keys
+        for name in ("observation", "action"):
+            place = f"{self._file}: {episode}/{_NAMES[name]}"
+            arrays[name] = hdf5.Joined(hdf5.leaves(arrays[name]), place)
+        truncations = hdf5.member(group, "truncations")
         num_rows = len(arrays["observation"])
-        self._check_steps(arrays | {"truncated": group["truncations"]}, episode, num_rows)
-        self._check_truncations(group["truncations"], episode, num_rows)
+        self._check_steps(arrays | {"truncated": truncations}, episode, num_rows)
+        self._check_truncations(truncations, episode, num_rows)
         names = {name: f"{episode}/{key}" for name, key in _NAMES.items()}
         for key, name in self._find_infos(group, num_rows).items():
-            arrays[name] = group.get(f"infos/{key}")
             names[name] = f"{episode}/infos/{key}"
-            if arrays[name] is None or len(arrays[name]) not in (num_rows, num_rows - 1):
+            there = f"infos/{key}" in group
+            arrays[name] = hdf5.member(group, f"infos/{key}") if there else None
+            if not there or len(arrays[name]) not in (num_rows, num_rows - 1):
                 raise DatasetError(
                     f"{self._file}: {names[name]}: {num_rows} rows are expected, as the first "
                     "episode has them; create the data set without it"
@@ -206,7 +267,7 @@ class _Episodes:
                 )
 
     def _check_truncations(self, truncations: Any, episode: str, num_rows: int) -> None:
-        early = np.asarray(truncations[:-1])
+        early = hdf5.read_rows(truncations, slice(0, max(0, num_rows - 2)))
         if early.any():
             raise DatasetError(
                 f"{self._file}: {episode}/truncations row {int(np.argmax(early))}: is set, but the "
@@ -217,7 +278,7 @@ class _Episodes:
         if self._infos is None:
             self._infos = {}
             skipped = []
-            for key, array in hdf5.leaves(group["infos"]).items() if "infos" in group else ():
+            for key, array in _infos(group).items():
                 numeric = array.dtype.kind in "biuf" and array.shape and 0 not in array.shape
                 if numeric and len(array) in (num_rows, num_rows - 1):
                     own = self._ours is not None or key in (*_SIMULATOR, "success")
@@ -229,11 +290,16 @@ class _Episodes:
         return self._infos
 
 
+def _infos(group: Any) -> dict[str, Any]:
+    return hdf5.leaves(hdf5.member(group, "infos")) if "infos" in group else {}
+
+
 def _rows(name: str, array: Any, block: slice, num_rows: int) -> Array:
     """Return rows of one array, with zeros where it has none."""
     # An info after a step stands one row below the step.
     shift = 1 if name == "success" and len(array) == num_rows else 0
-    values = np.asarray(array[block.start + shift : block.stop + shift])
+    stop = min(block.stop + shift, len(array))
+    values = hdf5.read_rows(array, slice(block.start + shift, stop))
     lacking = block.stop - block.start - len(values)
     return np.concatenate([values, np.zeros((lacking, *values.shape[1:]), values.dtype)])
 

@@ -8,9 +8,10 @@ when its end is read.
 from __future__ import annotations
 
 import contextlib
+import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,8 @@ from genpol.data.columns import Array, blocks, row_bytes
 from genpol.errors import DatasetError
 
 _SIGNATURE = b"PK\x03\x04"
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+_OURS = "genpol"  # the entry of the archive's comment that holds the metadata
 _READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -68,7 +71,8 @@ class ArrayStream:
         assert block.start == self._row
         self._row = block.stop
         shape = (block.stop - block.start, *self.shape[1:])
-        data = self._stream.read(self.dtype.itemsize * int(np.prod(shape)))
+        with _reading(self._place, row=block.start):
+            data = self._stream.read(self.dtype.itemsize * int(np.prod(shape)))
         if len(data) < self.dtype.itemsize * int(np.prod(shape)):
             raise DatasetError(
                 f"{self._place}: ends before row {block.stop} of {len(self)}; download it again"
@@ -79,9 +83,11 @@ class ArrayStream:
         """Read the end, and with it have the checksum compared.
 
         Raises:
-            DatasetError: If there is more than the header says.
+            DatasetError: If there is more than the header says, or the checksum is another.
         """
-        if self._stream.read(1):
+        with _reading(self._place):
+            rest = self._stream.read(1)
+        if rest:
             raise DatasetError(f"{self._place}: holds more than its header says; download it again")
 
 
@@ -92,18 +98,52 @@ def opened(path: Path) -> Iterator[dict[str, ArrayStream]]:
     Raises:
         DatasetError: If the archive is damaged, here or where a part of it is read.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
-            arrays = {}
-            for member in archive.namelist():
-                name = member.removesuffix(".npy")
+    with (
+        _reading(str(path)),
+        zipfile.ZipFile(path) as archive,
+        contextlib.ExitStack() as streams,
+    ):
+        arrays = {}
+        for member in archive.namelist():
+            name = member.removesuffix(".npy")
+            with _reading(f"{path}: {name}"):
                 stream = streams.enter_context(archive.open(member))
                 arrays[name] = ArrayStream(stream, f"{path}: {name}")
-            yield arrays
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
+        yield arrays
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what :func:`write_metadata` left in an archive; nothing where it did not.
+
+    Raises:
+        DatasetError: If the archive is damaged.
+    """
+    with _reading(str(path)), zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # somebody else's words
+        return dict(json.loads(comment)[_OURS]["metadata"])
+    return {}
+
+
+def write_metadata(archive: zipfile.ZipFile, metadata: Mapping[str, Any]) -> None:
+    """Put metadata into the comment of an archive, if they are not longer than one may be."""
+    comment = json.dumps({_OURS: {"metadata": dict(metadata)}}).encode()
+    if len(comment) <= zipfile.ZIP_MAX_COMMENT:
+        archive.comment = comment
+
+
+@contextlib.contextmanager
+def _reading(place: str, *, row: int | None = None) -> Iterator[None]:
+    """Tell what is raised where an archive is damaged in one line that names the place."""
+    try:
+        yield
+    except _DAMAGE as error:
+        # A wrong checksum is only known at the end of an array, and may come from anywhere in it.
+        if row is not None and not isinstance(error, zipfile.BadZipFile):
+            place = f"{place} from row {row} on"
+        reason = " ".join(str(error).split()) or "it ends too early"
         raise DatasetError(
-            f"{path}: damaged or cut short ({reason}); copy or download it again"
+            f"{place}: damaged or cut short ({reason}); copy or download it again"
         ) from error
 
 

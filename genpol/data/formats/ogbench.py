@@ -13,7 +13,7 @@ A folder is read as one data set, file after file in the order of their names, a
 than 10M transitions come; files that end in ``-val.npz`` are left out, and read by themselves.
 
 What is written can be read by ogbench, and comes back here as it was: other columns are stored
-under their own names, rewards as ``rewards``.
+under their own names, rewards as ``rewards``, and the metadata as JSON in the archive's comment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from genpol.data.columns import Source, blocks, canonical, row_bytes
 from genpol.data.dataset import OfflineDataset
 from genpol.data.formats import npz
 from genpol.data.sink import RowSink
-from genpol.data.staging import staged
+from genpol.data.staging import Staging, staged
 from genpol.errors import DatasetError
 
 EXPECTED = "an .npz file with observations, actions, terminals, or a folder of them"
@@ -55,28 +55,47 @@ def read(path: Path, sink: RowSink) -> None:
         DatasetError: If a file is damaged, a column is missing, the last trajectory never ends, or
             a value may not stand where it stands.
     """
-    sink.metadata.update(format="ogbench", source=str(path))
     env = _ENV.fullmatch(path.stem)
     if env is not None:
         sink.metadata["env"] = env["env"] + env["version"]
+    sink.metadata.update(npz.read_metadata(_files(path)[0]))
+    sink.metadata.update(format="ogbench", source=str(path))
     for file in _files(path):
         _read_file(file, sink)
 
 
-def write(dataset: OfflineDataset, path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Refuse a name that is not that of an archive.
+
+    Raises:
+        DatasetError: If ``path`` does not end in ``.npz``.
+    """
+    if path.suffix != ".npz":
+        raise DatasetError(f"{path}: must end in .npz, as OGBench's files do")
+
+
+def write(dataset: OfflineDataset, path: Path, staging: Staging | None = None) -> None:
     """Write ``dataset`` as a compressed ``.npz`` file.
+
+    Args:
+        dataset: What to write.
+        path: The file.
+        staging: See :func:`~genpol.data.staging.staged`.
 
     Raises:
         DatasetError: If ``path`` does not end in ``.npz``, exists, or cannot be written.
     """
-    if path.suffix != ".npz":
-        raise DatasetError(f"{path}: must end in .npz, as OGBench's files do")
+    check_target(path)
     terminals = np.zeros(dataset.num_rows, dtype=bool)
     terminals[dataset.ends] = True
     arrays = {_NAMES.get(name, name): column for name, column in dataset.columns.items()}
     if "terminals" in arrays:
         raise DatasetError(f"{path}: a column named terminals has no place in the file; rename it")
-    with staged(path) as made, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (
+        staged(path, staging) as made,
+        zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        npz.write_metadata(archive, dataset.metadata)
         for name, array in {**arrays, "terminals": terminals}.items():
             npz.write_array(archive, name, array)
 

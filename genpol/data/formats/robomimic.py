@@ -58,7 +58,7 @@ def read(path: Path, sink: RowSink) -> None:
             stand where it stands; the message names the demonstration.
     """
     with hdf5.opened(path) as file:
-        data = file["data"]
+        data = hdf5.member(file, "data")
         demos = sorted(data.keys(), key=hdf5.natural)
         if not demos:
             raise DatasetError(f"{path}: data: holds no demonstration")
@@ -72,7 +72,7 @@ def read(path: Path, sink: RowSink) -> None:
             sink.metadata["splits"] = splits
         rows = TransitionRows(sink)
         for demo in demos:
-            _read_demo(data[demo], f"data/{demo}", path, rows, is_sparse)
+            _read_demo(hdf5.member(data, demo), f"data/{demo}", path, rows, is_sparse)
         first = data[demos[0]]["obs"]
         sink.metadata["observation_keys"] = list(hdf5.leaves(first))
         sink.metadata.update(rows.notes())
@@ -86,13 +86,11 @@ def _read_demo(demo: Any, place: str, path: Path, rows: TransitionRows, is_spars
                 f"{path}: {place}/{key}: missing; extract observations with robomimic's "
                 "dataset_states_to_obs.py"
             )
-    arrays: dict[str, Any] = {
-        "observation": hdf5.Joined(hdf5.leaves(demo["obs"]), f"{path}: {place}/obs")
-    }
-    arrays |= {name: demo[key] for name, key in _NAMES.items() if key in demo}
+    arrays: dict[str, Any] = {"observation": _observations(demo, "obs", f"{path}: {place}")}
+    arrays |= {name: hdf5.member(demo, key) for name, key in _NAMES.items() if key in demo}
     following = None
     if "next_obs" in demo:
-        following = hdf5.Joined(hdf5.leaves(demo["next_obs"]), f"{path}: {place}/next_obs")
+        following = _observations(demo, "next_obs", f"{path}: {place}")
         if following.shape != arrays["observation"].shape:
             raise DatasetError(f"{path}: {place}/next_obs: differs in shape from obs")
     names = {name: f"{place}/{_NAMES.get(name, 'obs')}" for name in ("observation", *_NAMES)}
@@ -106,7 +104,7 @@ def _read_demo(demo: Any, place: str, path: Path, rows: TransitionRows, is_spars
             )
     for block in blocks(num_steps, row_bytes(arrays)):
         source = Source(file=str(path), names=names, rows=range(block.start, block.stop))
-        columns = {name: array[block] for name, array in arrays.items()}
+        columns = {name: hdf5.read_rows(array, block) for name, array in arrays.items()}
         _derive_flags(columns, is_sparse, source)
         end = np.zeros(block.stop - block.start, dtype=bool)
         end[-1] = block.stop == num_steps
@@ -117,6 +115,10 @@ def _read_demo(demo: Any, place: str, path: Path, rows: TransitionRows, is_spars
             following=None if following is None else following[block],
             source=source,
         )
+
+
+def _observations(demo: Any, key: str, place: str) -> hdf5.Joined:
+    return hdf5.Joined(hdf5.leaves(hdf5.member(demo, key)), f"{place}/{key}")
 
 
 def _derive_flags(columns: dict[str, Array], is_sparse: bool, source: Source) -> None:

@@ -141,7 +141,18 @@ def test_a_damaged_header_within_is_refused(d4rl_file, d4rl_arrays, refusal):
     content = bytearray(path.read_bytes())
     content[address] = 77  # the version of the header
     path.write_bytes(content)
-    assert "damaged or cut short" in refusal(path)
+    assert refusal(path).startswith(f"{path}: rewards: damaged or cut short (")
+
+
+@pytest.mark.parametrize("key", ["rewards", "infos/qpos"])
+def test_a_damaged_chunk_is_named(d4rl_file, d4rl_arrays, refusal, key):
+    path = d4rl_file(d4rl_arrays)
+    with h5py.File(path) as file:
+        chunk = file[key].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\xff" * chunk.size
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"{path}: {key} rows 0 to 7: damaged or cut short (")
 
 
 def test_another_hdf5_file_is_of_no_known_format(tmp_path, refusal):

@@ -9,15 +9,18 @@ import shutil
 import sys
 import zlib
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from genpol.data import formats, npy
+from genpol.data.actions import ActionRange
 from genpol.data.dataset import OfflineDataset
 from genpol.data.formats import open_dataset
 from genpol.data.sink import MemorySink
+from genpol.data.staging import Staging
 from genpol.errors import ConfigError, DatasetError, MissingExtraError
 
 FOLDER = settings(
@@ -238,7 +241,7 @@ def test_what_is_written_comes_back(tmp_path, no_flush, load, name, lengths, see
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("name", ["genpol", "minari"])
+@pytest.mark.parametrize("name", formats.WRITABLE)
 def test_metadata_comes_back(tmp_path, load, name):
     formats.write(any_dataset([2], 0, True), tmp_path / TARGETS[name], name)
     metadata = load(tmp_path / TARGETS[name]).metadata
@@ -290,6 +293,106 @@ def test_what_is_only_read_is_not_written(tmp_path, name):
 def test_a_misspelt_format_is_told_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"'minary': is no format; .* Did you mean 'minari'\?"):
         formats.write(any_dataset([2], 0, True), tmp_path / "data", "minary")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("genpol", "there", "there: exists; nothing is overwritten"),
+        ("minari", "there-v0", "there-v0: exists; nothing is overwritten"),
+        ("minari", "data", "end in a version, such as data-v0"),
+        ("ogbench", "data-v0", r"data-v0: must end in \.npz"),
+    ],
+)
+def test_a_target_is_refused_beforehand_as_it_is_in_the_end(tmp_path, name, target, expected):
+    for there in ("there", "there-v0"):
+        (tmp_path / there).mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DatasetError, match=expected) as early:
+        formats.check_target(tmp_path / target, name)
+    with pytest.raises(DatasetError) as late:
+        formats.write(any_dataset([2], 0, True), tmp_path / target, name)
+    assert str(early.value) == str(late.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_target_is_refused_before_the_source_is_read(ogbench_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "read", None)
+    with pytest.raises(DatasetError, match="end in a version"):
+        formats.convert(ogbench_file, tmp_path / "data", "minari")
+
+
+@pytest.mark.parametrize("name", formats.WRITABLE)
+def test_what_is_placed_is_what_the_store_holds(tmp_path, load, name):
+    data = any_dataset([2, 3], 0, True)
+    target = tmp_path / TARGETS[name]
+    staging = Staging(target)
+    formats.write(data, staging.folder / "store")
+    formats.place(staging.folder / "store", staging, name)
+    assert_equal(load(target), data)
+    assert formats.detect(target) == name
+    assert [entry.name for entry in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("name", formats.WRITABLE)
+def test_a_store_outlives_a_failure_to_place_it(tmp_path, name):
+    target = tmp_path / TARGETS[name]
+    staging = Staging(target)
+    store = staging.folder / "store"
+    formats.write(any_dataset([2, 3], 0, True), store)
+    target.touch()
+    with pytest.raises(DatasetError, match="exists; nothing is overwritten"):
+        formats.place(store, staging, name)
+    assert [entry.name for entry in staging.folder.iterdir()] == ["store"]
+    assert open_dataset(store).num_trajectories == 2
+
+
+@pytest.mark.parametrize("name", formats.WRITABLE)
+def test_actions_are_scaled_on_the_way(files, tmp_path, load, name):
+    given = ActionRange(np.array([-2.0, 0.0]), np.array([2.0, 2.0]))
+    with h5py.File(files["d4rl"], "a") as file:
+        file["actions"][0] = [1.5, 2.0]
+        file["actions"][1:, 1] = 0.5
+    target = tmp_path / f"new-{TARGETS[name]}"
+    formats.convert(files["d4rl"], target, name, action_range=given)
+    data = load(target)
+    assert data.columns["action"][:2].tolist()[0] == [0.75, 1]
+    assert set(data.columns["action"][1:3, 1]) == {-0.5}
+    assert (data.metadata["action_low"], data.metadata["action_high"]) == ([-2, 0], [2, 2])
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_actions_of_every_format_are_scaled(files, tmp_path, load, name):
+    given = ActionRange(np.array([-2.0, -1.0]), np.array([2.0, 3.0]))
+    formats.convert(files[name], tmp_path / "scaled", action_range=given)
+    before, after = load(files[name]), open_dataset(tmp_path / "scaled")
+    rows = before.transition_row(np.arange(before.num_transitions))
+    expected = (before.columns["action"][rows].astype(np.float64) - [0, 1]) / 2
+    assert np.array_equal(after.columns["action"][rows], expected.astype(np.float32))
+    assert not after.columns["action"][after.ends].any()
+    assert (after.metadata["action_low"], after.metadata["action_high"]) == ([-2, -1], [2, 3])
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_the_range_of_any_file_can_be_found(files, load, name):
+    found = formats.find_action_range(files[name])
+    data = load(files[name])
+    actions = data.columns["action"][data.transition_row(np.arange(data.num_transitions))]
+    assert np.array_equal(found.low.astype(np.float32), actions.min(axis=0))
+    assert np.array_equal(found.high.astype(np.float32), actions.max(axis=0))
+
+
+def test_what_is_given_goes_before_what_the_file_says(files, tmp_path):
+    metadata = files["minari"] / "data/metadata.json"
+    space = {"type": "Box", "dtype": "float32", "shape": [2], "low": [-9, -9], "high": [9, 9]}
+    described = json.loads(metadata.read_text()) | {"action_space": json.dumps(space)}
+    metadata.write_text(json.dumps(described))
+    given = ActionRange(np.array([-2.0]), np.array([2.0]))
+    formats.convert(files["minari"], tmp_path / "scaled", action_range=given)
+    data = open_dataset(tmp_path / "scaled")
+    assert data.metadata["action_high"] == [2, 2]
+    assert 0.2 < np.abs(data.columns["action"]).max() <= 0.5
 
 
 # --- damage ------------------------------------------------------------------------------------

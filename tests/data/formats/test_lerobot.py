@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from genpol.data import formats
+from genpol.errors import DatasetError
 
 
 def test_a_solved_episode_keeps_its_last_step(lerobot_folder, lerobot_frames, load):
@@ -196,3 +197,66 @@ def test_episodes_come_in_many_files(lerobot_folder, lerobot_frames, load):
     assert isinstance(table, pa.Table)
     assert load(path).num_trajectories == 3
     assert json.loads((path / "meta/info.json").read_text())["total_episodes"] == 3
+
+
+@pytest.mark.parametrize("part", ["first", "last"])
+@pytest.mark.parametrize("name", ["action", "next.reward"])
+def test_damage_names_file_column_and_row_group(
+    lerobot_folder, lerobot_frames, refusal, name, part
+):
+    file = lerobot_folder(lerobot_frames) / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table, file, row_group_size=2)  # two row groups
+    group = 0 if part == "first" else 1
+    metadata = pq.ParquetFile(file).metadata.row_group(group)
+    columns = [metadata.column(i) for i in range(metadata.num_columns)]
+    column = next(each for each in columns if each.path_in_schema.startswith(name))
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(file.read_bytes())
+    content[begin : begin + 6] = b"\xff" * 6
+    file.write_bytes(content)
+    message = refusal(file.parents[2])
+    # Rows are read in batches, and the first one holds all that lie before the damage.
+    place = rf"{name} row group {group}, from row {2 * group} on: damaged or cut short "
+    assert message.startswith(f"{file}: {place}(")
+
+
+# --- the range of actions ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def degrees(lerobot_folder, lerobot_frames):
+    """Return a data set whose actions are degrees and counts."""
+    lerobot_frames["action"] = lerobot_frames["action"] * np.float32([90, 2048])
+    return lerobot_folder(lerobot_frames)
+
+
+def test_degrees_are_refused_with_what_to_do(degrees, refusal):
+    message = refusal(degrees)
+    assert "file-000.parquet: action row 0: " in message
+    assert "with action_low= and action_high= of `genpol data convert`" in message
+
+
+def test_the_range_of_actions_is_that_of_the_statistics(degrees):
+    stats = {"action": {"min": [-90, 0], "max": [90, 4095], "mean": [0, 0]}}
+    (degrees / "meta/stats.json").write_text(json.dumps(stats))
+    found = formats.find_action_range(degrees)
+    assert (found.low.tolist(), found.high.tolist()) == ([-90, 0], [90, 4095])
+
+
+@pytest.mark.parametrize("stats", [None, {"timestamp": {"min": [0], "max": [1]}}])
+def test_without_statistics_all_actions_are_read(degrees, lerobot_frames, stats):
+    if stats is not None:
+        (degrees / "meta/stats.json").write_text(json.dumps(stats))
+    found = formats.find_action_range(degrees)
+    steps = [0, 1, 2, 3, 5, 6, 7, 8]  # an unsolved episode loses its last
+    actions = lerobot_frames["action"][steps].astype(np.float64)
+    assert found.low.tolist() == actions.min(axis=0).tolist()
+    assert found.high.tolist() == actions.max(axis=0).tolist()
+
+
+@pytest.mark.parametrize("entry", [{"min": [0, 0]}, {"min": [1, 1], "max": [0, 0]}, [1], None])
+def test_statistics_that_are_none_are_refused(degrees, entry):
+    (degrees / "meta/stats.json").write_text(json.dumps({"action": entry}))
+    with pytest.raises(DatasetError, match=r"stats\.json: action: has no min and max of each dim"):
+        formats.find_action_range(degrees)

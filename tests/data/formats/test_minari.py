@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import h5py
 import numpy as np
@@ -194,6 +195,148 @@ def test_the_id_includes_the_namespace(tmp_path, steps, monkeypatch):
     minari.write(data, tmp_path / "lab" / "toy-v0")
     metadata = json.loads((tmp_path / "lab/toy-v0/data/metadata.json").read_text())
     assert metadata["dataset_id"] == "lab/toy-v0"
+
+
+# --- action spaces -----------------------------------------------------------------------------
+
+
+def box(low, high):
+    """Return a box as minari serialises it."""
+    bounds = {"low": low, "high": high}
+    return {"type": "Box", "dtype": "float32", "shape": list(np.shape(low)), **bounds}
+
+
+def with_space(folder, space):
+    describe(folder, action_space=json.dumps(space))
+    return folder
+
+
+def test_actions_are_scaled_by_their_space(folder, load):
+    """Humanoid's lie in [-0.4, 0.4]; a clone of them as they stand acts at 40 % of strength."""
+    bound = float(np.float32(0.4))
+    given = {}
+    with h5py.File(folder / "data/main_data.hdf5", "a") as file:
+        for episode in file.values():
+            episode["actions"][...] *= np.float32(0.4)
+            given[episode.name] = episode["actions"][...]
+        file["episode_1/actions"][0] = [bound, -bound]
+    data = load(with_space(folder, box([-bound] * 2, [bound] * 2)))
+    found = data.columns["action"]
+    np.testing.assert_allclose(found[:3], given["/episode_0"] / bound, rtol=1e-6)
+    assert found[4].tolist() == [1, -1]
+    assert np.abs(found).max() == 1
+    assert data.metadata["action_low"] == [-bound] * 2
+    assert data.metadata["action_high"] == [bound] * 2
+
+
+def test_larger_and_shifted_spaces_are_scaled_by_dimension(folder, load):
+    change(folder, "episode_1/actions", np.array([[3.0, 1.0], [-1.5, 0.5]]))
+    change(folder, "episode_0/actions", np.zeros((3, 2)))
+    data = load(with_space(folder, box([-3, 0], [3, 2])))
+    assert data.columns["action"][4:6].tolist() == [[1, 0], [-0.5, -0.5]]
+    assert data.columns["action"][:4].tolist() == [[0, -1]] * 3 + [[0, 0]]
+    assert (data.metadata["action_low"], data.metadata["action_high"]) == ([-3, 0], [3, 2])
+
+
+def test_a_cached_data_set_is_scaled_too(folder, tmp_path):
+    change(folder, "episode_1/actions", np.full((2, 2), 2.0))
+    with_space(folder, box([-2, -2], [2, 2]))
+    data = formats.open_dataset(folder, cache=tmp_path / "cache")
+    assert data.columns["action"][4:6].tolist() == [[1, 1], [1, 1]]
+    assert data.metadata["action_high"] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        box([-1, -1], [1, 1]),
+        box([-math.inf, -math.inf], [math.inf, math.inf]),
+        box([-3.4028234663852886e38] * 2, [3.4028234663852886e38] * 2),
+        {"type": "Discrete", "dtype": "int64", "start": 0, "n": 4},
+    ],
+)
+def test_spaces_without_other_bounds_change_no_bit(folder, load, space):
+    before = load(folder)
+    after = load(with_space(folder, space))
+    assert after.columns["action"].tobytes() == before.columns["action"].tobytes()
+    assert "action_low" not in after.metadata
+
+
+def test_a_dimension_without_bounds_is_read_as_it_is(folder, load):
+    before = load(folder).columns["action"]
+    change(folder, "episode_0/actions", before[:3] * [4, 1])
+    change(folder, "episode_1/actions", before[4:6] * [4, 1])
+    data = load(with_space(folder, box([-4, -math.inf], [4, 0])))
+    assert np.array_equal(data.columns["action"], before)
+    assert (data.metadata["action_low"], data.metadata["action_high"]) == ([-4, -1], [4, 1])
+
+
+def test_parts_of_a_space_stand_where_their_actions_do(minari_folder, minari_episode, load):
+    episode = minari_episode(1, 0)
+    episode["actions"] = {
+        "wrist": {f"_index_{i}": np.full((1, 1), i + 1.0) for i in range(11)},
+        "arm": np.array([[50.0, 25.0]]),
+    }
+    folder = minari_folder([episode])
+    wrist = {"type": "Tuple", "subspaces": [box([0], [i + 1]) for i in range(11)]}
+    space = {"type": "Dict", "subspaces": {"wrist": wrist, "arm": box([0, 0], [50, 50])}}
+    assert load(with_space(folder, space)).columns["action"][0].tolist() == [1, 0] + [1] * 11
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"type": "Box", "low": [-1, -1]},
+        {"type": "Box", "low": [1, 1], "high": [-1, -1]},
+        {"type": "Box", "low": [-1], "high": [1, 1]},
+        {"type": "Box", "low": ["a"], "high": ["b"]},
+        {"type": "Tuple", "subspaces": []},
+        {"low": [-1], "high": [1]},
+        [],
+    ],
+)
+def test_a_space_that_is_none_is_refused(folder, refusal, space):
+    assert "metadata.json: action_space: is no space as minari writes it" in refusal(
+        with_space(folder, space)
+    )
+
+
+def test_actions_beyond_their_space_are_refused(folder, refusal):
+    change(folder, "episode_1/actions", np.array([[0.0, 0.0], [0.0, 0.5]]))
+    change(folder, "episode_0/actions", np.zeros((3, 2)))
+    message = refusal(with_space(folder, box([-0.4, -0.4], [0.4, 0.4])))
+    assert (
+        "episode_1/actions row 1: 0.5 is outside [-0.4, 0.4], the range of dimension 1" in message
+    )
+    assert "action_low= and action_high= of `genpol data convert`" in message
+
+
+def test_a_space_of_another_width_is_refused(folder, refusal):
+    message = refusal(with_space(folder, box([-0.4] * 3, [0.4] * 3)))
+    assert "episode_0/actions: is of width 2, but its range is given by 3 numbers" in message
+
+
+def test_what_was_scaled_is_written_as_it_is_and_remembers_its_units(folder, load, tmp_path):
+    change(folder, "episode_1/actions", np.full((2, 2), 2.0))
+    data = load(with_space(folder, box([-2, -2], [2, 2])))
+    minari.write(data, tmp_path / "copy-v0")
+    again = load(tmp_path / "copy-v0")
+    assert again.columns["action"].tobytes() == data.columns["action"].tobytes()
+    assert again.metadata["action_low"] == [-2, -2]
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["episode_1", "episode_1/actions", "episode_1/infos/qpos"])
+def test_damage_names_the_array(folder, refusal, key):
+    file = folder / "data/main_data.hdf5"
+    with h5py.File(file) as opened:
+        address = h5py.h5o.get_info(opened[key].id).addr
+    content = bytearray(file.read_bytes())
+    content[address] = 77  # the version of its header
+    file.write_bytes(content)
+    assert refusal(folder).startswith(f"{file}: {key}: damaged or cut short (")
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-v", "to.y-v0"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 
 import numpy as np
@@ -130,7 +131,38 @@ def test_a_changed_byte_is_found(tmp_path, ogbench_arrays, refusal):
     place = content.find(ogbench_arrays["observations"].tobytes())
     content[place + 5] ^= 1
     path.write_bytes(content)
-    assert "data.npz: damaged or cut short (Bad CRC-32" in refusal(path)
+    assert "data.npz: observations: damaged or cut short (Bad CRC-32" in refusal(path)
+
+
+def test_a_damaged_stream_is_named_with_its_row(tmp_path, ogbench_arrays, refusal, monkeypatch):
+    monkeypatch.setattr("genpol.data.columns._BLOCK_BYTES", 100_000)
+    path = tmp_path / "data.npz"
+    qpos = np.random.default_rng(0).integers(0, 9, (40_000, 8)) / 8  # which can be compressed
+    terminals = np.arange(len(qpos)) % 100 == 99
+    few = {"observations": np.zeros((len(qpos), 1)), "actions": np.zeros((len(qpos), 1))}
+    np.savez_compressed(path, **few, terminals=terminals, qpos=qpos)
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("qpos.npy")
+    content = bytearray(path.read_bytes())
+    middle = member.header_offset + member.compress_size // 2
+    content[middle : middle + 5000] = np.random.default_rng(1).bytes(5000)
+    path.write_bytes(content)
+    found = re.match(
+        rf"{path}: qpos from row (\d+) on: damaged or cut short \(Error", refusal(path)
+    )
+    assert found is not None
+    assert 10_000 < int(found[1]) < 21_000
+
+
+def test_a_damaged_entry_is_named(ogbench_file, refusal):
+    with zipfile.ZipFile(ogbench_file) as archive:
+        member = archive.getinfo("qvel.npy")
+    content = bytearray(ogbench_file.read_bytes())
+    content[member.header_offset] = 0
+    ogbench_file.write_bytes(content)
+    assert refusal(ogbench_file).startswith(
+        f"{ogbench_file}: qvel: damaged or cut short (Bad magic"
+    )
 
 
 def test_more_than_the_header_says_is_refused(ogbench_file, tmp_path, refusal):
@@ -162,3 +194,28 @@ def test_a_column_that_would_pass_for_the_ends_is_refused(tmp_path, steps):
     data = OfflineDataset.from_trajectories([steps(2, 0) | {"terminals": np.zeros(3)}])
     with pytest.raises(DatasetError, match="a column named terminals has no place"):
         ogbench.write(data, tmp_path / "data.npz")
+
+
+def test_the_name_tells_the_environment_only_where_the_metadata_do_not(
+    ogbench_file, load, tmp_path
+):
+    data = load(ogbench_file)
+    data.metadata["env"] = "mine"
+    ogbench.write(data, tmp_path / "cube-single-play-v0" / "cube-double-play-v0.npz")
+    again = load(tmp_path / "cube-single-play-v0" / "cube-double-play-v0.npz")
+    assert again.metadata["env"] == "mine"
+    assert again.metadata["source"].endswith("cube-double-play-v0.npz")
+
+
+@pytest.mark.parametrize("comment", [b"hello", b"[1]", b'{"genpol": 3}', b'{"seed": 1}', b"\xff"])
+def test_comments_of_others_are_not_read(ogbench_file, load, comment):
+    with zipfile.ZipFile(ogbench_file, "a") as archive:
+        archive.comment = comment
+    assert load(ogbench_file).metadata["env"] == "cube-single-v0"
+
+
+def test_metadata_that_are_too_long_for_a_comment_are_left_out(ogbench_file, load, tmp_path):
+    data = load(ogbench_file)
+    data.metadata["note"] = "x" * 70_000
+    ogbench.write(data, tmp_path / "data.npz")
+    assert "note" not in load(tmp_path / "data.npz").metadata

@@ -93,3 +93,13 @@ def test_env_args_must_be_json(robomimic_file, refusal):
     with h5py.File(robomimic_file, "a") as file:
         file["data"].attrs["env_args"] = "{"
     assert "data: attribute env_args is not valid JSON" in refusal(robomimic_file)
+
+
+@pytest.mark.parametrize("key", ["data/demo_10", "data/demo_10/obs/object", "data/demo_10/actions"])
+def test_damage_names_the_array(robomimic_file, refusal, key):
+    with h5py.File(robomimic_file) as file:
+        address = h5py.h5o.get_info(file[key].id).addr
+    content = bytearray(robomimic_file.read_bytes())
+    content[address] = 77  # the version of its header
+    robomimic_file.write_bytes(content)
+    assert refusal(robomimic_file).startswith(f"{robomimic_file}: {key}: damaged or cut short (")

@@ -13,11 +13,11 @@ KL-regularised optimum is a motivation only: not even for Gaussian data and a li
 guided flow sample the tilted law.
 
 Deviations: times of the cloning loss are uniform, not on the solver's grid; windows that leave
-their trajectory are masked there, too; the flow reads the bare time, and both networks have a layer
-norm without gain and bias before every activation, an exact GELU; tasks end at success, as in OGBench's tasks, not
-as in the released loader for large files; with ``horizon=1`` it is guidance of single actions. For
-two cores: 3 x 256 and a batch of 256 (published: 4 x 1024 and 1024, 500k updates, a weight chosen
-for each task).
+their trajectory are masked there, too; the flow reads the bare time; both networks have a layer
+norm without gain and bias before every activation, and an exact GELU; tasks end at success, as in
+OGBench's tasks, not as in the released loader for large files; with ``horizon=1`` it is guidance of
+single actions. For two cores: 3 x 256 and a batch of 256 (published: 4 x 1024 and 1024, 500k
+updates, a weight chosen for each task).
 """
 
 from __future__ import annotations

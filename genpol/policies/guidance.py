@@ -14,6 +14,11 @@ each step the network's output gives a clean estimate ``a_hat = E[a | x_t]`` of 
 ``bptt``     The gradient of that Q with respect to ``x_t``, through the remaining steps.
 ============ ===================================================================================
 
+``rollout`` and ``bptt`` follow the sampler's own remaining steps, not the exact flow: with ten of
+them, N(0, std^2) data for std = 1, 0.5, 0.1 and a Q of slope 1, ``bptt`` at weight 1 shifts the
+mean by 1.3788, 0.6589, 0.0789, where the gradient through the exact flow, to which it tends with
+the number of steps, shifts it by 1.4773, 0.7235, 0.1211.
+
 The gradient times ``weight`` is added to the velocity of a flow. A step then moves the clean
 estimate by ``(1 - t) weight grad Q``, which is what it does to a diffusion model, whose time is the
 share of signal in x (ours; the paper has flows only).

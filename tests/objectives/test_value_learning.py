@@ -26,13 +26,16 @@ def vector(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def minimise(loss, start, steps=4000, rate=0.05):
-    """Return where plain gradient descent on ``loss`` ends."""
-    x = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    for step in range(steps):
-        (gradient,) = torch.autograd.grad(loss(x), x)
-        x = (x - rate / (1 + 0.002 * step) * gradient).detach().requires_grad_()
-    return x.detach()
+def minimise(loss, *size, within=15.0):
+    """Return where a loss is least that is convex in each entry, by bisection of its slope."""
+    low = torch.full(size, -within, dtype=torch.float64)
+    high = -low
+    for _ in range(45):
+        middle = ((low + high) / 2).requires_grad_()
+        (slope,) = torch.autograd.grad(loss(middle), middle)
+        low = torch.where(slope < 0, middle.detach(), low)
+        high = torch.where(slope < 0, high, middle.detach())
+    return (low + high) / 2
 
 
 def two_point_expectile(tau, high, low, share):
@@ -47,8 +50,8 @@ def two_point_expectile(tau, high, low, share):
 @pytest.mark.parametrize("tau", [0.5, 0.7, 0.9])
 def test_the_value_of_two_equally_likely_actions_is_the_expectile(tau):
     q = vector(1.0, 0.0)
-    found = minimise(lambda v: expectile_loss(v.expand(2), q, tau), 0.3)
-    assert found.item() == pytest.approx(tau, abs=1e-3)
+    found = minimise(lambda v: expectile_loss(v.expand(2), q, tau))
+    assert found.item() == pytest.approx(tau, abs=1e-6)
     assert two_point_expectile(tau, 1.0, 0.0, 0.5) == pytest.approx(tau)
 
 
@@ -60,59 +63,54 @@ def test_both_losses_distil_the_fork_to_the_known_values(kappa, expected):
     """Of the data a quarter takes the short way (0.81), the others wait once (0.729)."""
     chunks = vector(0.81, 0.729, 0.729, 0.729)
     assert two_point_expectile(kappa, 0.81, 0.729, 0.25) == pytest.approx(expected, abs=1e-5)
-    logit = minimise(
-        lambda z: expectile_cross_entropy(z.expand(4), torch.logit(chunks), kappa), 1.0, rate=20.0
-    )
-    assert torch.sigmoid(logit).item() == pytest.approx(expected, abs=1e-4)
-    squared = minimise(lambda v: expectile_loss(v.expand(4), chunks, kappa), 0.7, rate=1.0)
-    assert squared.item() == pytest.approx(expected, abs=1e-4)
+    logit = minimise(lambda z: expectile_cross_entropy(z.expand(4), torch.logit(chunks), kappa))
+    assert torch.sigmoid(logit).item() == pytest.approx(expected, abs=1e-5)
+    squared = minimise(lambda v: expectile_loss(v.expand(4), chunks, kappa))
+    assert squared.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_step_values_are_optimistic_and_n_step_values_are_not():
-    gamma, waits = 0.9, vector(0.81, 0.729, 0.729, 0.729)
-    n_step = minimise(lambda z: cross_entropy(z.expand(4), waits), 1.0, rate=20.0).sigmoid()
-    assert n_step.item() == pytest.approx(0.74925, abs=1e-4)
-    assert gamma * 0.9 == pytest.approx(0.81)  # one step back from V(s1) = 0.9
+def test_at_a_fork_one_step_values_are_optimistic_and_n_step_values_are_not():
+    """One step on, the better of two ways is known (0.9): there optimism costs nothing."""
+    after = minimise(lambda u: quantile_loss(u.expand(7), vector(*[0.9] * 4, *[0.81] * 3), 0.9))
+    one_step = minimise(lambda z: cross_entropy(z.expand(4), 0.9 * after.expand(4)))
+    assert one_step.sigmoid().item() == pytest.approx(0.81, abs=1e-6)
+    waits = vector(0.81, 0.729, 0.729, 0.729)
+    n_step = minimise(lambda z: cross_entropy(z.expand(4), waits))
+    assert n_step.sigmoid().item() == pytest.approx(0.74925, abs=1e-6)
 
 
 def test_members_are_distilled_apart():
-    logits = torch.zeros(2, 1, dtype=torch.float64)
     target = vector(-1.0, 2.0)[:, None]
 
     def loss(z):
         return expectile_cross_entropy(z, target, 0.8)
 
-    found = minimise(loss, logits.tolist(), rate=20.0)
-    assert found.flatten().tolist() == pytest.approx([-1.0, 2.0], abs=1e-3)
+    found = minimise(loss, 2, 1)
+    assert found.flatten().tolist() == pytest.approx([-1.0, 2.0], abs=1e-6)
     least = aggregate_probability(found, "min").sigmoid().item()
-    assert least == pytest.approx(1 / (1 + math.e), abs=1e-3)
+    assert least == pytest.approx(1 / (1 + math.e), abs=1e-6)
 
 
 # --- quantiles ---------------------------------------------------------------------------------
 
 
+NINTHS = torch.arange(1, 10, dtype=torch.float64) / 10
+
+
 @pytest.mark.parametrize("kappa", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("space", ["probability", "logit"])
 def test_the_implicit_backup_is_a_quantile_in_either_space(kappa, space):
-    # Ten values would leave a flat stretch between two of them.
-    values = torch.linspace(0.1, 0.9, 1001, dtype=torch.float64)
-    target = values if space == "probability" else torch.logit(values)
-    found = minimise(lambda u: quantile_loss(u.expand(1001), target, kappa), 0.3, rate=2.0)
+    target = NINTHS if space == "probability" else torch.logit(NINTHS)
+    found = minimise(lambda u: quantile_loss(u.expand(9), target, kappa))
     found = found if space == "probability" else found.sigmoid()
-    assert found.item() == pytest.approx(0.1 + 0.8 * kappa, abs=3e-3)
+    assert found.item() == pytest.approx(kappa, abs=1e-6)
 
 
-@pytest.mark.parametrize(("kappa", "value"), [(0.5, 0.5), (0.7, 0.7), (0.9, 0.9)])
-def test_nine_equal_values_have_the_published_quantiles(kappa, value):
-    values = torch.arange(1, 10, dtype=torch.float64) / 10
-    u = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-
-    def slope(at):
-        point = (u.detach() + at).requires_grad_()
-        return torch.autograd.grad(quantile_loss(point.expand(9), values, kappa), point)[0].item()
-
-    assert slope(-1e-3) <= 1e-12  # downhill to the published value from the left
-    assert slope(1e-3) >= -1e-12  # and from the right
+def test_without_optimism_the_expectile_of_values_is_their_mean():
+    squares = NINTHS.square()
+    found = minimise(lambda z: expectile_cross_entropy(z.expand(9), torch.logit(squares), 0.5))
+    assert found.sigmoid().item() == pytest.approx(squares.mean().item(), abs=1e-6)
+    assert squares.mean() > squares.median() + 0.05
 
 
 # --- heads -------------------------------------------------------------------------------------
@@ -208,17 +206,33 @@ def test_advantage_weights_are_bounded():
 # --- one-step policies -------------------------------------------------------------------------
 
 
-def test_a_linear_value_moves_the_one_step_policy_by_the_known_distance():
-    dim, alpha = 25, 300.0
+@pytest.mark.parametrize("alpha", [3.0, 300.0, 1e6])
+def test_a_linear_value_moves_the_one_step_policy_by_the_known_distance(alpha):
+    """The further the smaller the weight of the flow: of a very large one nothing else is left."""
+    dim = 25
     slope = torch.linspace(-1, 1, dim, dtype=torch.float64)
-    flow = torch.zeros(1, dim, dtype=torch.float64)
+    flow = torch.linspace(0.3, -0.3, dim, dtype=torch.float64)[None]
 
     def loss(x):
         return flow_q_loss(x[None], flow, (slope * x).sum()[None], alpha=alpha)[0]
 
-    found = minimise(loss, [0.0] * dim, steps=400, rate=0.03)
-    torch.testing.assert_close(found, dim * slope / (2 * alpha), atol=1e-6, rtol=1e-4)
-    assert dim / (2 * alpha) == pytest.approx(0.0417, abs=1e-4)
+    found = minimise(loss, dim)
+    torch.testing.assert_close(found, flow[0] + dim * slope / (2 * alpha), atol=1e-9, rtol=0)
+
+
+def test_the_published_weight_allows_a_twenty_fourth_of_the_slope():
+    slope = vector(*[1.0] * 25)
+    flow = torch.zeros(1, 25, dtype=torch.float64)
+    found = minimise(lambda x: flow_q_loss(x[None], flow, (slope * x).sum(), alpha=300.0)[0], 25)
+    assert found.tolist() == pytest.approx([0.0417] * 25, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+def test_without_a_flow_nothing_holds_the_policy_back(size):
+    action = torch.full((1, 3), size, requires_grad=True)
+    loss, _ = flow_q_loss(action, torch.zeros(1, 3), 2.0 * action.sum(-1), alpha=0.0)
+    (gradient,) = torch.autograd.grad(loss, action)
+    assert gradient.tolist() == [[-2.0] * 3]
 
 
 def test_normalised_values_move_it_by_their_scale():

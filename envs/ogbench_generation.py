@@ -33,7 +33,6 @@ from genpol.errors import ConfigError, EnvironmentFault
 
 SPLITS = ("train", "val")
 
-_RECIPE = "recipe.json"
 _PATIENCE_S = 0.25
 
 
@@ -96,24 +95,13 @@ class Generation:
             raise
 
     def _check_recipe(self) -> None:
-        file = self.folder / _RECIPE
-        with suppress(FileNotFoundError):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found != self._provenance:
-                raise ConfigError(
-                    f"{self.folder}: holds episodes of {_differences(found, self._provenance)}; "
-                    "remove that folder to begin anew, or choose another output"
-                )
-            return
-        if os.path.lexists(self.validation_output):
+        begun = any(self.folder.iterdir())
+        if not begun and os.path.lexists(self.validation_output):
             raise ConfigError(
                 f"output = {str(self.output)!r}: {self.validation_output} exists; nothing is "
                 "overwritten, choose another name"
             )
-        with writing(self.output):
-            unfinished = file.with_suffix(".partial")
-            unfinished.write_text(json.dumps(self._provenance), encoding="utf-8")
-            unfinished.replace(file)
+        self._staging.claim(self._provenance)
 
     def missing(self) -> list[tuple[str, int, str]]:
         """Return the episodes that are not there yet, as :meth:`Plan.files` gives them."""
@@ -212,15 +200,6 @@ def write_npz(path: Path, episodes: Sequence[Path], comment: dict[str, Any]) -> 
                 for episode in episodes:
                     with np.load(episode) as arrays:
                         stream.write(arrays[key].tobytes())
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    flat = [
-        {**{k: v for k, v in x.items() if k != "versions"}, **x.get("versions", {})}
-        for x in (found, wanted)
-    ]
-    keys = [key for key in flat[1] if flat[0].get(key) != flat[1][key]]
-    return ", ".join(f"{key} {flat[0].get(key)} and not {flat[1][key]}" for key in keys)
 
 
 @contextmanager

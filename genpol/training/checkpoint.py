@@ -25,7 +25,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import genpol
+from genpol.data.staging import flush
 from genpol.errors import CheckpointError, nearest
 
 State: TypeAlias = dict[str, Any]
@@ -322,7 +322,7 @@ def _write_files(
     text = json.dumps(manifest, indent=1, allow_nan=False)
     (staging / MANIFEST).write_text(text, encoding="utf-8")
     for path in (staging / TENSORS, staging / STATE, staging / MANIFEST, staging):
-        _flush(path)
+        flush(path)
 
 
 def _unshare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -348,7 +348,7 @@ def _move_into_place(staging: Path, target: Path) -> None:
         if replaces:
             aside.rename(target)
         raise
-    _flush(target.parent)
+    flush(target.parent)
     if replaces:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -433,17 +433,6 @@ def _describe(path: Path) -> dict[str, Any]:
 def _digest(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the entries of a folder, onto the disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return  # Windows opens no folder, and orders its metadata by itself
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _why_not_saved(target: Path, error: OSError | SafetensorError) -> str:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 _NAMES = (
     "bc",
     "bpo",
+    "cdsa",
     "dppo",
     "dqc",
+    "fisher_decorator",
     "fpo",
     "fql",
     "gorl",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,12 +82,15 @@ class OfflineAgent(DatasetAgent):
         self._updates_owed = 0.0
         self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
 
-    def begin(self, *, plan_steps: int, goal: bool = False) -> None:
+    def begin(
+        self, *, plan_steps: int, goal: bool = False, apart: Sequence[nn.Parameter] = ()
+    ) -> None:
         """Move all networks to their device, and make the optimiser and the policy that acts.
 
         Args:
             plan_steps: Actions H of a plan.
             goal: Whether the policy is told the environment's goal.
+            apart: Parameters that the agent trains in another way.
         """
         self.to(self.generator.device)
         settings = self.settings
@@ -95,7 +98,7 @@ class OfflineAgent(DatasetAgent):
         self.told_goal = goal
         self._compiled = compiled(self.loss, name="agent.compile") if settings.compile else None
         self._optimizer = GuardedOptimizer(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            [x for x in self.parameters() if x.requires_grad and not any(x is y for y in apart)],
             settings.learning_rate,
             max_grad_norm=settings.max_grad_norm,
             eps=1e-8,
@@ -161,7 +164,9 @@ class OfflineAgent(DatasetAgent):
         Raises:
             ConfigError: If it has no critics.
         """
-        raise ConfigError("this agent has no critic; take one of iql, fql, qc, dqc and qgf")
+        raise ConfigError(
+            "this agent has no critic; take one of iql, fql, qc, dqc, qgf and fisher_decorator"
+        )
 
     def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
         """Act under this guidance from now on.

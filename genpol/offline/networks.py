@@ -78,14 +78,15 @@ class StateValue(nn.Module):
 
 
 class ChunkNetwork(nn.Module):
-    """A chunk from an observation, and perhaps noise, in one pass: ``mu(s)`` or ``mu(s, z)``.
+    """A chunk from an observation, and perhaps another chunk: ``mu(s)``, or ``mu(s, z)`` of noise.
 
     Args:
         observation_dim: Width d of the observation.
         action_dim: Width A of one action.
         horizon: Actions H of a chunk.
         settings: Layers.
-        noise: Whether it reads noise of the shape of a chunk.
+        chunk_input: Whether it reads a chunk, too: noise, or an action to change.
+        zero_init: Start with a zero output.
         generator: Source of the initial weights.
     """
 
@@ -96,18 +97,24 @@ class ChunkNetwork(nn.Module):
         horizon: int,
         settings: NetworkSettings,
         *,
-        noise: bool = False,
+        chunk_input: bool = False,
+        zero_init: bool = False,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         self._chunk = (horizon, action_dim)
         width = horizon * action_dim
-        self.net = MLP(observation_dim + noise * width, width, **_layers(settings, generator))
+        self.net = MLP(
+            observation_dim + chunk_input * width,
+            width,
+            output_gain=0.0 if zero_init else 1.0,
+            **_layers(settings, generator),
+        )
 
-    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return chunks ``[B, H, A]``, not clipped; ``noise`` is ``[B, H, A]``."""
-        if noise is not None:
-            observation = torch.cat((observation, noise.flatten(-2)), dim=-1)
+    def forward(self, observation: Tensor, chunk: Tensor | None = None) -> Tensor:
+        """Return chunks ``[B, H, A]``, not clipped; ``chunk`` is ``[B, H, A]``."""
+        if chunk is not None:
+            observation = torch.cat((observation, chunk.flatten(-2)), dim=-1)
         flat: Tensor = self.net(observation)
         return flat.unflatten(-1, self._chunk)
 

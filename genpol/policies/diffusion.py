@@ -194,7 +194,7 @@ class DiffusionPolicy(nn.Module):
         """
         a = flatten_chunk(clean_rows(action, weight), self.horizon)
         eps = flatten_chunk(noise, self.horizon)
-        signal, spread = self._mixture(time)
+        signal, spread = self.mixture(time)
         x = signal * a + spread * eps
         target = {
             "epsilon": eps,
@@ -203,6 +203,11 @@ class DiffusionPolicy(nn.Module):
             "v_prediction": signal * eps - spread * a,
         }[self.prediction]
         return regression_loss(self._output(observation, x, time), target, self.horizon, weight)
+
+    def mixture(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of action and noise at noise levels ``time`` ``[..., 1]``."""
+        abar = self.alpha_bar[time]
+        return abar.sqrt(), (1.0 - abar).sqrt()
 
     def noise_estimate(self, observation: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """Return ``E[eps | x]`` at noise levels ``time`` ``[..., 1]``."""
@@ -215,14 +220,14 @@ class DiffusionPolicy(nn.Module):
         At a level without noise, ``1 - abar`` is taken as ``SMALLEST_NOISE_POWER``.
         """
         flat = flatten_chunk(x, self.horizon)
-        spread = self._mixture(time)[1].clamp_min(SMALLEST_NOISE_POWER**0.5)
+        spread = self.mixture(time)[1].clamp_min(SMALLEST_NOISE_POWER**0.5)
         out = -self._noise(observation, flat, time) / spread
         return unflatten_chunk(out, self.horizon)
 
     def denoised(self, observation: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """Return ``E[a | x]`` at noise levels ``time`` ``[..., 1]``, unclipped."""
         flat = flatten_chunk(x, self.horizon)
-        signal, spread = self._mixture(time)
+        signal, spread = self.mixture(time)
         out = (flat - spread * self._noise(observation, flat, time)) / signal
         return unflatten_chunk(out, self.horizon)
 
@@ -282,18 +287,13 @@ class DiffusionPolicy(nn.Module):
             levels=levels,
         )
 
-    def _mixture(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of action and noise at integer levels ``[..., 1]``."""
-        abar = self.alpha_bar[level]
-        return abar.sqrt(), (1.0 - abar).sqrt()
-
     def _output(self, observation: Tensor, flat: Tensor, level: Tensor) -> Tensor:
         out: Tensor = self.denoiser(self.normalizer(observation), flat, self.level_time[level])
         return out
 
     def _noise(self, observation: Tensor, flat: Tensor, level: Tensor) -> Tensor:
         output = self._output(observation, flat, level)
-        signal, spread = self._mixture(level)
+        signal, spread = self.mixture(level)
         if self.prediction == "sample":
             return (flat - signal * output) / spread.clamp_min(SMALLEST_NOISE_POWER**0.5)
         if self.prediction == "v_prediction":

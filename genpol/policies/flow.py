@@ -169,6 +169,11 @@ class FlowPolicy(nn.Module):
             self._flat_velocity(observation, x, time), a - eps, self.horizon, weight
         )
 
+    @staticmethod
+    def mixture(time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of action and noise at times ``[..., 1]``: ``t`` and ``1 - t``."""
+        return time, 1.0 - time
+
     def score(self, observation: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """Return the score of the time-t marginal, ``(t v - x) / (1 - t)`` (exact, linear path).
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "qc": FLOW | {"best_of": 3, "action_steps": 1},
     "dqc": FLOW | {"horizon": 4, "chunk": 2},
     "qgf": FLOW,
+    "fisher_decorator": FLOW | {"num_scores": 2, "zero_init": False},
 }
 
 

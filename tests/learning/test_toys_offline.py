@@ -74,6 +74,11 @@ def test_cloning_keeps_both_modes():
         ("fql", {"alpha": 0.3}, 0.5),
         ("qc", {"horizon": 1, "best_of": 8}, 0.55),
         ("qgf", {"horizon": 1, "guidance": GuidanceSettings(weight=1.0)}, 0.3),
+        (
+            "fisher_decorator",  # a shift from one mode to the other is dear
+            {"budget": 20.0, "multiplier_learning_rate": 1e-2, "metric_rows": 16},
+            0.4,
+        ),
         pytest.param(
             "qgf",
             {"horizon": 1, "guidance": GuidanceSettings(weight=1.0, best_of=4)},

@@ -27,8 +27,8 @@ runs/<env>/<agent>/<time>-s<seed>/ with config.yaml, metrics.csv, evals.csv, che
 TensorBoard events, learning_curve.png and videos/final.mp4. With init=<run folder> the weights
 are those of a trained run; everything else starts afresh.
 
-Agents that learn from data (bc, iql, fql, qc, dqc, qgf, fisher_decorator) need data=<data set>, in
-any format that `genpol data` reads. total_steps are then updates, after which online_steps=<n> goes on in the
+Agents that learn from data (bc, iql, fql, qc, dqc, qgf, fisher_decorator, cdsa) need data=<data
+set>, in any format that `genpol data` reads. total_steps are then updates, after which online_steps=<n> goes on in the
 environment.
 
 examples:

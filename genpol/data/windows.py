@@ -36,6 +36,8 @@ class WindowSpec:
             trajectory are left (DQC, which leaves the last state out).
         goals: Draw a goal for each window, whose reward then takes the place of the data's.
         rewards: Whether rewards and discounts are wanted; imitation does without.
+        holdout: Share of the trajectories in which no window begins; see
+            :func:`training_trajectories`.
     """
 
     steps: int = 1
@@ -43,14 +45,26 @@ class WindowSpec:
     edges: Edges = "mask"
     goals: GoalSettings | None = None
     rewards: bool = True
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
+        check.within("holdout", self.holdout, 0.0, 0.5)
         check.at_least("steps", self.steps, 1)
         check.within("gamma", self.gamma, 0.0, 1.0)
         check.one_of("edges", self.edges, ("mask", "whole"))
         if self.goals is not None and self.edges != "whole":
             raise ConfigError("goals need edges=whole: a cut window would count as an arrival")
+
+
+def training_trajectories(number: int, holdout: float) -> int:
+    """Return how many of so many trajectories are learned from; the others, the last, are held out.
+
+    Where anything is held out, at least one trajectory is, but never the only one.
+    """
+    if holdout == 0.0:
+        return number
+    return number - min(number - 1, max(1, round(holdout * number)))
 
 
 class WindowSampler:
@@ -96,8 +110,9 @@ class WindowSampler:
         self._columns = {
             name: _shared(dataset.columns[name]) for name in ("observation", "action", *needed)
         }
-        self._first = torch.from_numpy(dataset.starts)
-        self._last = torch.from_numpy(dataset.ends)
+        kept = training_trajectories(dataset.num_trajectories, spec.holdout)
+        self._first = torch.from_numpy(dataset.starts[:kept])
+        self._last = torch.from_numpy(dataset.ends[:kept])
         lengths = self._last - self._first
         margin = spec.steps if spec.edges == "whole" else 0
         self._starts_until = (lengths - margin).clamp_min(0).cumsum(0)

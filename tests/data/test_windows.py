@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from genpol.data.dataset import OfflineDataset
 from genpol.data.goals import GoalSettings, draw_goals, relabel
-from genpol.data.windows import WindowSampler, WindowSpec
+from genpol.data.windows import WindowSampler, WindowSpec, training_trajectories
 from genpol.errors import ConfigError, DatasetError
 
 
@@ -89,6 +89,26 @@ def test_whole_windows_never_leave_their_trajectory_and_leave_out_the_last_state
     assert starts[:975].tolist() == list(range(975))
     assert starts[975:].tolist() == [1001.0 + i for i in range(5)]
     assert (batch["next", "observation"].squeeze(-1) == starts + 25).all()
+
+
+@pytest.mark.parametrize(
+    ("number", "holdout", "kept"),
+    [(40, 0.0, 40), (40, 0.05, 38), (3, 0.05, 2), (2, 0.5, 1), (1, 0.05, 1)],
+)
+def test_the_last_trajectories_are_held_out_but_never_the_only_one(number, holdout, kept):
+    assert training_trajectories(number, holdout) == kept
+    data = dataset([3] * number)
+    spec = WindowSpec(steps=2, edges="whole", holdout=holdout)
+    sampler = WindowSampler(data, spec, seed=0)
+    assert sampler.num_starts == kept
+    batch = sampler.at(torch.arange(kept))
+    assert batch["observation"].squeeze(-1).tolist() == data.starts[:kept].tolist()
+    assert batch["next", "observation"].max() <= data.ends[kept - 1]
+
+
+def test_more_than_half_is_not_held_out():
+    with pytest.raises(ConfigError, match=r"holdout = 0\.6: must lie in \[0\.0, 0\.5\]"):
+        WindowSpec(holdout=0.6)
 
 
 def test_draws_are_uniform_and_repeat_with_the_seed():

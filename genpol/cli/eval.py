@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from genpol.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from genpol.report.risk import Measure
     from genpol.training.evaluation import Evaluation
 
 SUMMARY = "evaluate a trained policy"
@@ -20,7 +23,9 @@ usage: genpol eval <run folder or checkpoint> [episodes=100] [seed=20000]
 
 Loads the last checkpoint of a run (or the one named) and runs complete episodes from start states
 that neither training nor its evaluations used. Prints mean, 95 % interval, spread and value at
-risk of the return. Other overrides change the run's own settings, such as env.num_threads=1.
+risk of the return; with json=true also the return of each episode, in the order of the start
+states, which allows comparing policies in pairs. Other overrides change the run's own settings,
+such as env.num_threads=1.
 
 Policies that are flows or diffusion models can be guided without training anew:
   guidance.weight=0.04        follow the critic's gradient; several weights, 0,0.02,0.04, are tried
@@ -29,6 +34,14 @@ Policies that are flows or diffusion models can be guided without training anew:
   guidance.estimator=denoised where the gradient is taken (see genpol.policies.guidance)
   guidance.critic=<run>       ask another run's critic, for a cloned policy that has none
   agent.goal_weight=2         exaggerate the goal of a clone that was told one (classifier-free)
+
+The actions of any policy can be corrected towards a data set, on which agent=cdsa was trained:
+  corrector=cdsa:<run>        with a step that is chosen from that run's data, held-out
+                              trajectories of it, and the policy's critic, if it has one
+  corrector.action_weight=0.25 corrector.state_weight=0.1
+                              with this step; 0 and 0 for none, as corrector=none
+  corrector.noise_level=0.1 corrector.steps=1 corrector.max_norm=0.2 corrector.form=delta
+                              see genpol.policies.correction
 
 examples:
   genpol eval runs/HopperStand/gorl/20261122-101500-s0
@@ -45,6 +58,8 @@ def run(arguments: list[str]) -> int:
     path = Path(arguments[0])
     options: dict[str, Any] = dict(_OWN)
     guided: dict[str, str] = {}
+    corrector: str | None = None
+    corrected: dict[str, str] = {}
     overrides: list[str] = []
     for text in arguments[1:]:
         key, separator, value = text.partition("=")
@@ -52,16 +67,21 @@ def run(arguments: list[str]) -> int:
             options[key] = _parse(key, value)
         elif separator and key.startswith("guidance."):
             guided[key.removeprefix("guidance.")] = value
+        elif separator and key == "corrector":
+            corrector = value
+        elif separator and key.startswith("corrector."):
+            corrected[key.removeprefix("corrector.")] = value
         else:
             overrides.append(text)
 
-    from genpol.cli import guidance
+    from genpol.cli import correction, guidance
     from genpol.cli.runs import load_run
     from genpol.cli.train import record_video
     from genpol.seeding import derive
     from genpol.training.evaluation import evaluate
 
     request = guidance.parse(guided)
+    wanted = correction.parse(corrector, corrected)
     trained = load_run(path, overrides)
     agent, make_env = trained.agent, trained.make_env
     critic = None
@@ -94,7 +114,13 @@ def run(arguments: list[str]) -> int:
             used = guidance.guide(agent, request, weight, critic)
             chosen = {"guidance_tried": tried} if tried else {}
             chosen |= {f"guidance_{k}": v for k, v in asdict(used).items()}
+        policy = None
+        if wanted is not None:
+            seed_of_choice = derive(seed, "choice of correction")
+            policy, how = correction.apply(trained, wanted, seed=seed_of_choice)
+            chosen |= how
         result = run_episodes("test")
+        chosen |= {} if policy is None else correction.outcome(policy)
     finally:
         env.close()
     _print(
@@ -107,28 +133,40 @@ def run(arguments: list[str]) -> int:
 
 
 def _statistics(result: Evaluation) -> dict[str, Any]:
-    """Return the summary of an evaluation, with 95 % intervals and values at risk."""
-    import torch
+    """Return the summary of an evaluation, values at risk, 95 % intervals and every return."""
+    import numpy as np
+
+    from genpol.report import risk
 
     summary: dict[str, Any] = result.summary()
-    returns = result.returns.double()
     if len(result.successes) > 0:
         from scipy.stats import binomtest
 
         solved = binomtest(int(result.successes.sum()), len(result.successes))
         interval = solved.proportion_ci(method="wilson")
         summary |= {"success_low": float(interval.low), "success_high": float(interval.high)}
-    if len(returns) > 1:
-        half = 1.96 * float(returns.std()) / len(returns) ** 0.5
-        summary |= {
-            "return_low": summary["return_mean"] - half,
-            "return_high": summary["return_mean"] + half,
-        }
-        for share in (0.05, 0.25):
-            worst = torch.sort(returns).values[: max(1, round(share * len(returns)))]
-            summary[f"value_at_risk_{share:.0%}"] = float(worst[-1])
-            summary[f"conditional_value_at_risk_{share:.0%}"] = float(worst.mean())
-    return summary
+    returns = result.returns.double().cpu().numpy()
+    if len(returns) > 0 and np.isfinite(returns).all():
+        summary |= _estimate("return", returns, risk.mean())
+        for level in (0.05, 0.25):
+            name = f"value_at_risk_{level:.0%}"
+            summary[name] = risk.value_at_risk(returns, level)
+            summary |= _estimate(name, returns, risk.var(level))
+            summary[f"conditional_{name}"] = risk.conditional_value_at_risk(returns, level)
+            summary |= _estimate(f"conditional_{name}", returns, risk.cvar(level))
+            note = risk.few(len(returns), level)
+            summary |= {f"{name}_note": note} if note else {}
+    return {**summary, "returns": returns.tolist()}
+
+
+def _estimate(name: str, returns: np.ndarray, measure: Measure) -> dict[str, float]:
+    """Return the ends of a measure's interval, under ``name``; one episode has none."""
+    from genpol.report import risk
+
+    if len(returns) < 2:
+        return {}
+    found = risk.estimate(returns, measure)
+    return {f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _parse(key: str, value: str) -> Any:
@@ -156,9 +194,14 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
     from rich.table import Table
 
     sys.stdout.write(f"{summary.pop('checkpoint')}\n")
+    summary.pop("returns", None)
     for row in summary.pop("guidance_tried", ()):
         tried = row.get("success_mean", row["return_mean"])
         sys.stdout.write(f"weight {row['weight']:g}: {tried:.4g} over {row['episodes']} episodes\n")
+    from genpol.cli import correction
+
+    for line in correction.lines(summary):
+        sys.stdout.write(f"{line}\n")
     table = Table(show_header=False)
     for name, value in summary.items():
         shown = f"{value:.{_decimals(name)}f}" if isinstance(value, float) else str(value)
@@ -176,4 +219,4 @@ def _without_nan(value: Any) -> Any:
 
 
 def _decimals(name: str) -> int:
-    return 3 if name.startswith(("success", "guidance")) else 1
+    return 3 if name.startswith(("success", "guidance", "corrector")) else 1

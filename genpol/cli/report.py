@@ -13,6 +13,8 @@ from genpol.errors import ConfigError, DatasetError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from genpol.report.plan import Evaluation, Run
+
 SUMMARY = "summarise recorded results and draw them"
 USAGE = """
 usage: genpol report NAME [--metric return] [--at STEPS|last] [--figure PATH]
@@ -21,7 +23,8 @@ Prints, for each agent and environment of assets/results/NAME.csv, the interquar
 of the last evaluation with its 95 % bootstrap interval, and draws the learning curves.
 
   NAME             an experiment whose results are recorded, or the path of a CSV file
-  --metric M       return (default), success, ...
+  --metric M       return (default), success, or a value at risk of the experiment's further
+                   evaluations: var_5, cvar_5, var_25, cvar_25
   --at STEPS       the last evaluation at or under so many environment steps: 20e6, 20_000_000
   --budget MIN     the last evaluation at or under so many minutes of training
   --versus AGENT   also print how likely a run of each agent beats one of this agent
@@ -79,8 +82,9 @@ def _of_plan(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 
     if name not in experiment.names():
         return frame
-    plan = experiment.load(name).plan()
-    planned = {(run.label, run.env, run.seed, run.command) for run in plan}
+    chosen = experiment.load(name)
+    plan: list[Run | Evaluation] = [*chosen.plan(), *chosen.plan_evaluations()]
+    planned = {(item.label, item.env, item.seed, item.command) for item in plan}
     commands = frame["command"].str.removesuffix(UNFINISHED)
     keys = zip(frame["agent"], frame["env"], frame["seed"], commands, strict=True)
     kept = frame[[key in planned for key in keys]]

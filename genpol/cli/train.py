@@ -28,8 +28,8 @@ TensorBoard events, learning_curve.png and videos/final.mp4. With init=<run fold
 are those of a trained run; everything else starts afresh.
 
 Agents that learn from data (bc, iql, fql, qc, dqc, qgf, fisher_decorator, cdsa) need data=<data
-set>, in any format that `genpol data` reads. total_steps are then updates, after which online_steps=<n> goes on in the
-environment.
+set>, in any format that `genpol data` reads. total_steps are then updates, after which
+online_steps=<n> goes on in the environment.
 
 examples:
   genpol train env=HopperStand

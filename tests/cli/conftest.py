@@ -1,10 +1,18 @@
-"""A small configuration tree with its own schemas, so that messages are tested to the letter."""
+"""A small configuration tree with its own schemas, so that messages are tested to the letter.
+
+And an experiment whose runs are trained by thirty lines.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,8 +20,9 @@ from types import ModuleType
 
 import pytest
 
-from genpol.cli import configuration
+from genpol.cli import configuration, reproduce, reproduce_processes
 from genpol.cli import list as listing
+from genpol.report import results
 from genpol.settings import positive
 
 
@@ -95,3 +104,116 @@ def refused(stub_configs: Path) -> Callable[..., str]:
         return str(caught.value)
 
     return message
+
+
+# Makes a run folder, evaluates `total` times, and does what FAKE says at its second evaluation.
+TRAINER = """
+import json, os, signal, sys, time
+from pathlib import Path
+arguments = dict(item.split("=", 1) for item in sys.argv[1:])
+mode = os.environ.get("FAKE", "")
+folder = Path(arguments.get("resume") or Path(arguments["output"]) / "env/agent" / str(time.time()))
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+(folder / "config.yaml").touch()
+table = folder / "evals.csv"
+if not table.exists():
+    table.write_text("env_steps,gradient_steps,wall_clock_s,episodes,return_mean\\n")
+done = len(table.read_text().splitlines()) - 1
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+print("training with", arguments)
+for index in range(done, 3):
+    with table.open("a") as file:
+        file.write(f"{index * 100},{index},{index}.04,5,{index}.5\\n")
+    checkpoint = folder / "checkpoints" / f"step-{index * 100:012d}"
+    if mode != "no checkpoint":
+        checkpoint.mkdir()
+        (checkpoint / "manifest.json").touch()
+    if index == 1 and mode in ("crash", "no checkpoint"):
+        sys.exit("genpol: error: the lights went out")
+    while index == 1 and mode == "wait" and not stopped:
+        time.sleep(0.01)
+    if stopped:
+        (folder / "run.json").write_text('{"status": "interrupted"}')
+        sys.exit(0)
+(folder / "run.json").write_text('{"status": "finished"}')
+"""
+
+EXPERIMENT = """
+description: A test.
+compute: none
+seeds: [0, 1]
+envs: [HopperStand]
+common: [total_steps=3]
+runs:
+  gorl: [agent=gorl]
+  ppo: [agent=ppo, total_steps=2]
+"""
+
+
+class Scene:
+    """An experiment in a folder of its own, with a trainer whose calls are noted."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.yaml = folder / "demo.yaml"
+        self.yaml.write_text(EXPERIMENT)
+        self.results = folder / "results" / "demo.csv"
+        self.calls: list[tuple[str, ...]] = []
+        self._monkeypatch = monkeypatch
+        trainer = folder / "trainer.py"
+        trainer.write_text(TRAINER)
+
+        def train(overrides: tuple[str, ...], output: Path) -> list[str]:
+            self.calls.append(("train", *overrides))
+            return [sys.executable, "-S", str(trainer), *overrides, f"output={output}"]
+
+        def resume(run_folder: Path) -> list[str]:
+            self.calls.append(("resume", str(run_folder)))
+            return [sys.executable, "-S", str(trainer), f"resume={run_folder}"]
+
+        monkeypatch.setattr(reproduce_processes, "train_command", train)
+        monkeypatch.setattr(reproduce_processes, "resume_command", resume)
+        monkeypatch.setattr(reproduce_processes, "_POLL_S", 0.02)
+
+    def run(self, *options: str, trainer: str = "") -> int:
+        self.calls.clear()
+        self._monkeypatch.setenv("FAKE", trainer)
+        output = ("--output", str(self.folder / "runs"), "--results", str(self.results.parent))
+        return reproduce.run([str(self.yaml), *output, *options])
+
+    def add(self, text: str) -> None:
+        """Append lines to the experiment."""
+        self.yaml.write_text(self.yaml.read_text() + text)
+
+    def change(self, old: str, new: str) -> None:
+        """Change the experiment where it reads ``old``."""
+        assert old in self.yaml.read_text()
+        self.yaml.write_text(self.yaml.read_text().replace(old, new))
+
+    @contextmanager
+    def interrupted_when(self, ready: Callable[[], bool]) -> Iterator[None]:
+        """Interrupt this process as soon as something is ready."""
+
+        def interrupt() -> None:
+            deadline = time.monotonic() + 10
+            while not ready() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        yield
+        interrupter.join()
+
+    def recorded(self, label: str = "gorl", seed: int = 0) -> list[tuple[int, float, str]]:
+        return [
+            (row.env_steps, row.value, row.command)
+            for row in results.rows_of(self.results)
+            if (row.agent, row.seed) == (label, seed)
+        ]
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)

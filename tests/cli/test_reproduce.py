@@ -2,109 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from genpol.cli import reproduce
+from genpol.cli import reproduce, reproduce_processes
 from genpol.errors import ConfigError
 from genpol.report import experiment, results
 from genpol.report.results import UNFINISHED
 
-# Makes a run folder, evaluates `total` times, and does what FAKE says at its second evaluation.
-TRAINER = """
-import json, os, signal, sys, time
-from pathlib import Path
-arguments = dict(item.split("=", 1) for item in sys.argv[1:])
-mode = os.environ.get("FAKE", "")
-folder = Path(arguments.get("resume") or Path(arguments["output"]) / "env/agent" / str(time.time()))
-(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-(folder / "config.yaml").touch()
-table = folder / "evals.csv"
-if not table.exists():
-    table.write_text("env_steps,gradient_steps,wall_clock_s,episodes,return_mean\\n")
-done = len(table.read_text().splitlines()) - 1
-stopped = []
-signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
-print("training with", arguments)
-for index in range(done, 3):
-    with table.open("a") as file:
-        file.write(f"{index * 100},{index},{index}.04,5,{index}.5\\n")
-    checkpoint = folder / "checkpoints" / f"step-{index * 100:012d}"
-    if mode != "no checkpoint":
-        checkpoint.mkdir()
-        (checkpoint / "manifest.json").touch()
-    if index == 1 and mode in ("crash", "no checkpoint"):
-        sys.exit("genpol: error: the lights went out")
-    while index == 1 and mode == "wait" and not stopped:
-        time.sleep(0.01)
-    if stopped:
-        (folder / "run.json").write_text('{"status": "interrupted"}')
-        sys.exit(0)
-(folder / "run.json").write_text('{"status": "finished"}')
-"""
-
-YAML = """
-description: A test.
-compute: none
-seeds: [0, 1]
-envs: [HopperStand]
-common: [total_steps=3]
-runs:
-  gorl: [agent=gorl]
-  ppo: [agent=ppo, total_steps=2]
-"""
-
-
-class Scene:
-    """An experiment in a folder of its own, with a trainer whose calls are noted."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = folder
-        self.yaml = folder / "demo.yaml"
-        self.yaml.write_text(YAML)
-        self.results = folder / "results" / "demo.csv"
-        self.calls: list[tuple[str, ...]] = []
-        self._monkeypatch = monkeypatch
-        trainer = folder / "trainer.py"
-        trainer.write_text(TRAINER)
-
-        def train(overrides: tuple[str, ...], output: Path) -> list[str]:
-            self.calls.append(("train", *overrides))
-            return [sys.executable, "-S", str(trainer), *overrides, f"output={output}"]
-
-        def resume(run_folder: Path) -> list[str]:
-            self.calls.append(("resume", str(run_folder)))
-            return [sys.executable, "-S", str(trainer), f"resume={run_folder}"]
-
-        monkeypatch.setattr(reproduce, "train_command", train)
-        monkeypatch.setattr(reproduce, "resume_command", resume)
-        monkeypatch.setattr(reproduce, "_POLL_S", 0.02)
-
-    def run(self, *options: str, trainer: str = "") -> int:
-        self.calls.clear()
-        self._monkeypatch.setenv("FAKE", trainer)
-        output = ("--output", str(self.folder / "runs"), "--results", str(self.results.parent))
-        return reproduce.run([str(self.yaml), *output, *options])
-
-    def recorded(self, label: str = "gorl", seed: int = 0) -> list[tuple[int, float, str]]:
-        return [
-            (row.env_steps, row.value, row.command)
-            for row in results.rows_of(self.results)
-            if (row.agent, row.seed) == (label, seed)
-        ]
-
-
-@pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(tmp_path, monkeypatch)
-
+if TYPE_CHECKING:
+    from tests.cli.conftest import Scene
 
 ONE = ("--only", "gorl", "--seeds", "0")
 COMMAND = "genpol train env=HopperStand total_steps=3 agent=gorl seed=0"
@@ -171,7 +81,7 @@ def test_without_a_checkpoint_a_run_starts_afresh(scene: Scene) -> None:
 
 def test_a_changed_experiment_runs_again_and_replaces_its_rows(scene: Scene) -> None:
     scene.run(*ONE, trainer="crash")
-    scene.yaml.write_text(YAML.replace("total_steps=3", "total_steps=4"))
+    scene.change("total_steps=3", "total_steps=4")
     assert scene.run(*ONE) == 0
     assert [call[0] for call in scene.calls] == ["train"]  # the saved run is another's
     assert {command for *_, command in scene.recorded()} == {COMMAND.replace("=3", "=4")}
@@ -188,88 +98,14 @@ def test_a_failure_stops_the_others_unless_told_to_continue(scene: Scene) -> Non
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_an_interrupt_reaches_the_trainer_and_the_run_is_resumed(scene: Scene, jobs: str) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    interrupter = threading.Thread(target=interrupt_when, args=[lambda: len(scene.recorded()) == 2])
-    interrupter.start()
-    assert scene.run("--seeds", "0", "--jobs", jobs, trainer="wait") == 130
-    interrupter.join()
+    with scene.interrupted_when(lambda: len(scene.recorded()) == 2):
+        assert scene.run("--seeds", "0", "--jobs", jobs, trainer="wait") == 130
     assert signal.getsignal(signal.SIGINT) is handler
     assert len(scene.calls) == int(jobs)  # nothing was started after the interrupt
     assert {command for *_, command in scene.recorded()} == {COMMAND + UNFINISHED}
     assert scene.run(*ONE) == 0
     assert [call[0] for call in scene.calls] == ["resume"]
     assert len(scene.recorded()) == 3
-
-
-def interrupt_when(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not ready() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-# Writes the file unless FAKE says that it cannot, or waits for an interrupt.
-GENERATOR = """
-import os, signal, sys, time
-arguments = dict(item.split("=", 1) for item in sys.argv[1:])
-stopped = []
-signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
-open(arguments["output"] + ".begun", "w").close()
-while os.environ["FAKE"] == "wait" and not stopped:
-    time.sleep(0.01)
-if os.environ["FAKE"] == "broken" or stopped:
-    sys.exit(130 if stopped else 2)
-open(arguments["output"], "w").close()
-"""
-
-
-@pytest.fixture
-def data_set(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the experiment learn from data, and return the file."""
-    file = scene.folder / "hopper.npz"
-    scene.yaml.write_text(YAML + f"data:\n  HopperStand: [output={file}]\n")
-    generator = scene.folder / "generator.py"
-    generator.write_text(GENERATOR)
-
-    def generate(arguments: list[str]) -> list[str]:
-        scene.calls.append(("generate", *arguments))
-        return [sys.executable, "-S", str(generator), *arguments]
-
-    monkeypatch.setattr(reproduce, "generate_command", generate)
-    return file
-
-
-def test_data_are_made_once_and_before_the_runs(scene: Scene, data_set: Path) -> None:
-    assert scene.run("--seeds", "0") == 0
-    assert scene.calls[0] == ("generate", "env=HopperStand", f"output={data_set}")
-    assert [call[0] for call in scene.calls[1:]] == ["train", "train"]
-    assert f"data={data_set}" in scene.calls[1]
-    assert scene.run("--seeds", "1") == 0
-    assert [call[0] for call in scene.calls] == ["train", "train"]
-
-
-def test_without_its_data_an_experiment_does_not_run(
-    scene: Scene, data_set: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert scene.run("--seeds", "0", trainer="broken") == 1
-    assert [call[0] for call in scene.calls] == ["generate"]
-    assert f"{data_set} was not made (exit code 2)" in capsys.readouterr().err
-
-
-def test_an_interrupt_reaches_what_makes_the_data(scene: Scene, data_set: Path) -> None:
-    begun = Path(f"{data_set}.begun")
-    interrupter = threading.Thread(target=interrupt_when, args=[begun.exists])
-    interrupter.start()
-    assert scene.run("--seeds", "0", trainer="wait") == 130
-    interrupter.join()
-    assert [call[0] for call in scene.calls] == ["generate"]
-
-
-def test_a_dry_run_tells_how_the_data_are_made(
-    scene: Scene, data_set: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert scene.run("--dry-run", "--seeds", "0") == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"genpol data generate env=HopperStand output={data_set}"
 
 
 def test_a_dry_run_prints_the_commands_and_runs_nothing(
@@ -302,9 +138,13 @@ def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str
 
 
 def test_the_real_commands_name_their_folders() -> None:
-    train = reproduce.train_command(["env=HopperStand"], Path("runs/a=b"))
+    train = reproduce_processes.train_command(["env=HopperStand"], Path("runs/a=b"))
     assert train[1:] == ["-m", "genpol.cli.main", "train", "env=HopperStand", 'output="runs/a=b"']
-    assert reproduce.resume_command(Path("runs/x"))[-1] == "resume=runs/x"
+    assert reproduce_processes.resume_command(Path("runs/x"))[-1] == "resume=runs/x"
+    record = reproduce_processes.record_command(Path("runs/x"), ["output=y"])
+    assert record[1:] == ["-m", "genpol.cli.main", "data", "record", "runs/x", "output=y"]
+    evaluate = reproduce_processes.eval_command(Path("runs/x"), ["episodes=2"])
+    assert evaluate[1:] == ["-m", "genpol.cli.main", "eval", "runs/x", "json=true", "episodes=2"]
 
 
 @pytest.mark.parametrize("name", list(experiment.names()))

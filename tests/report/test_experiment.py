@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from genpol.errors import ConfigError
 from genpol.report import experiment
+from genpol.report.plan import DataSet, Training
 
 YAML = """
 description: A test.
@@ -82,11 +86,182 @@ def test_runs_learn_from_the_data_set_of_their_environment(tmp_path: Path) -> No
     given = {run.env: [x for x in run.overrides if x.startswith("data=")] for run in plan}
     assert given == {"WalkerWalk": [], "CheetahRun": ["data=made/cheetah.npz"]}
     command = ["env=CheetahRun", "num_transitions=10", "output=made/cheetah.npz"]
-    assert chosen.data_sets(plan) == {Path("made/cheetah.npz"): command}
-    assert chosen.data_sets(chosen.plan(only=["WalkerWalk"])) == {}
+    assert chosen.data_sets(plan) == [
+        DataSet(file=Path("made/cheetah.npz"), arguments=tuple(command), training=None)
+    ]
+    assert chosen.data_sets(chosen.plan(only=["WalkerWalk"])) == []
 
 
 @pytest.mark.parametrize("change", [("  CheetahRun:", "  HopperStand:"), (", output=", ", out=")])
 def test_data_that_no_run_can_find_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match="must be of one of envs, and have output=FILE"):
         load(tmp_path, DATA.replace(*change))
+
+
+OF_ENVS = (
+    YAML
+    + """
+env_overrides:
+  WalkerWalk: [total_steps=4, num_envs=8, seed=7]
+"""
+)
+
+
+def test_overrides_of_an_environment_come_after_the_common_and_before_the_run(
+    tmp_path: Path,
+) -> None:
+    plan = load(tmp_path, OF_ENVS).plan(seeds=[5])
+    assert {run.name: run.command for run in plan} == {
+        "gorl-WalkerWalk-s5": "genpol train env=WalkerWalk total_steps=4 seed=5 num_envs=8 "
+        "agent=gorl",
+        "ppo-WalkerWalk-s5": "genpol train env=WalkerWalk total_steps=2 seed=5 num_envs=8 "
+        "agent=ppo",
+        "gorl-CheetahRun-s5": "genpol train env=CheetahRun total_steps=3 seed=5 agent=gorl",
+        "ppo-CheetahRun-s5": "genpol train env=CheetahRun total_steps=2 seed=5 agent=ppo",
+    }
+
+
+RECORDED = (
+    YAML
+    + """
+recorded:
+  CheetahRun:
+    train: [agent=sac, total_steps=7]
+    record: [episodes=9, output=made/cheetah-v0]
+"""
+)
+
+
+def test_runs_learn_from_the_recorded_data_of_their_environment(tmp_path: Path) -> None:
+    chosen = load(tmp_path, RECORDED)
+    plan = chosen.plan(seeds=[0])
+    given = {run.env: [x for x in run.overrides if x.startswith("data=")] for run in plan}
+    assert given == {"WalkerWalk": [], "CheetahRun": ["data=made/cheetah-v0"]}
+    (data,) = chosen.data_sets(plan)
+    assert data == DataSet(
+        file=Path("made/cheetah-v0"),
+        arguments=("episodes=9", "output=made/cheetah-v0"),
+        training=Training(
+            name="data-CheetahRun", overrides=("env=CheetahRun", "agent=sac", "total_steps=7")
+        ),
+    )
+
+
+EVALUATED = (
+    YAML
+    + """
+evaluations:
+  gorl-plain: {run: gorl}
+  gorl-corrected:
+    run: gorl
+    arguments: [episodes=9, "corrector=cdsa:{ppo}", "agent.x={a: 1}"]
+"""
+)
+
+
+def test_an_evaluation_names_the_runs_of_its_environment_and_seed(tmp_path: Path) -> None:
+    chosen = load(tmp_path, EVALUATED)
+    planned = chosen.plan_evaluations(seeds=[5], only=["CheetahRun"])
+    assert [item.name for item in planned] == [
+        "gorl-plain-CheetahRun-s5",
+        "gorl-corrected-CheetahRun-s5",
+    ]
+    runs = chosen.plan(seeds=[5], only=["CheetahRun"])
+    assert planned[0].runs == (runs[0],)
+    assert planned[1].runs == (runs[0], runs[1])
+    folders = {"gorl": Path("some/gorl"), "ppo": Path("some/ppo")}
+    filled = ["episodes=9", "corrector=cdsa:some/ppo", "agent.x={a: 1}"]
+    assert planned[1].filled(folders) == filled
+    assert len(chosen.plan_evaluations()) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("only", "runs", "evaluations"),
+    [
+        ((), {"gorl", "ppo"}, {"gorl-plain", "gorl-corrected"}),
+        (("WalkerWalk",), {"gorl", "ppo"}, {"gorl-plain", "gorl-corrected"}),
+        (("gorl",), {"gorl"}, set()),
+        (("gorl-plain",), {"gorl"}, {"gorl-plain"}),
+        (("gorl-corrected", "WalkerWalk"), {"gorl", "ppo"}, {"gorl-corrected"}),
+        (("ppo", "gorl-plain"), {"gorl", "ppo"}, {"gorl-plain"}),
+    ],
+)
+def test_the_label_of_an_evaluation_keeps_what_it_needs(
+    tmp_path: Path, only: tuple[str, ...], runs: set[str], evaluations: set[str]
+) -> None:
+    chosen = load(tmp_path, EVALUATED)
+    assert {run.label for run in chosen.plan(only=only)} == runs
+    planned = chosen.plan_evaluations(only=only)
+    assert {item.label for item in planned} == evaluations
+    if "WalkerWalk" in only:
+        assert {item.env for item in planned} == {"WalkerWalk"}
+
+
+# Makes a run folder as training does, and notes what it was called with.
+GENPOL = """#!{python}
+import sys
+from pathlib import Path
+arguments = dict(x.partition("=")[::2] for x in sys.argv[1:])
+if sys.argv[1] == "train":
+    (Path(arguments["output"]) / arguments["env"] / arguments["agent"] / "now").mkdir(parents=True)
+with open("calls", "a") as calls:
+    print(*sys.argv[1:], sep="|", file=calls)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_a_shell_repeats_an_evaluation_by_its_command(tmp_path: Path) -> None:
+    program = tmp_path / "genpol"
+    program.write_text(GENPOL.format(python=sys.executable))
+    program.chmod(0o755)
+    item = load(tmp_path, EVALUATED).plan_evaluations(seeds=[5], only=["CheetahRun"])[1]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    line = f"{item.command}  # unfinished"
+    subprocess.run(["sh", "-c", line], check=True, cwd=tmp_path, env={"PATH": path})
+    folder = "repeat/{0}-CheetahRun-s5/CheetahRun/{0}/now"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "train|env=CheetahRun|total_steps=3|seed=5|agent=gorl|output=repeat/gorl-CheetahRun-s5",
+        "train|env=CheetahRun|total_steps=2|seed=5|agent=ppo|output=repeat/ppo-CheetahRun-s5",
+        f"eval|{folder.format('gorl')}|json=true|episodes=9|corrector=cdsa:{folder.format('ppo')}"
+        "|agent.x={a: 1}",
+    ]
+
+
+def test_a_changed_run_changes_the_commands_of_its_evaluations(tmp_path: Path) -> None:
+    before = load(tmp_path, EVALUATED).plan_evaluations(seeds=[0])
+    after = load(tmp_path, EVALUATED.replace("=ppo,", "=ppo, x=1,")).plan_evaluations(seeds=[0])
+    changed = {a.label for a, b in zip(before, after, strict=True) if a.command != b.command}
+    assert changed == {"gorl-corrected"}
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "message"),
+    [
+        (
+            OF_ENVS,
+            ("  WalkerWalk:", "  Walkerwalk:"),
+            "env_overrides of 'Walkerwalk'.*'WalkerWalk'",
+        ),
+        (OF_ENVS, ("num_envs=8", "num_envs"), "'num_envs' must read key=value"),
+        (RECORDED, ("  CheetahRun:", "  HopperStand:"), "recorded of 'HopperStand' must be of one"),
+        (RECORDED, (", output=", ", out="), "and have output=FILE"),
+        (RECORDED, ("agent=sac,", "sac,"), "'sac' must read key=value"),
+        (RECORDED, ("episodes=9", "9"), "'9' must read key=value"),
+        (RECORDED, ("train:", "trained:"), "recorded.CheetahRun"),
+        (RECORDED, ("recorded:", "data: {CheetahRun: [output=x]}\nrecorded:"), "data and in rec"),
+        (EVALUATED, ("run: gorl}", "run: gorll}"), "needs runs 'gorll', which there are not"),
+        (EVALUATED, ("cdsa:{ppo}", "cdsa:{pp}"), "'pp', which there are not. Did you mean 'ppo'"),
+        (EVALUATED, ("gorl-plain:", "ppo:"), "evaluation 'ppo' is also the label of runs"),
+        (EVALUATED, ("gorl-plain:", "gorl/plain:"), "'gorl/plain' must be letters"),
+        (EVALUATED, ("episodes=9", "json=true"), "json=true is given anyway"),
+        (EVALUATED, ("episodes=9", "episodes"), "'episodes' must read key=value"),
+        (EVALUATED, ("{run: gorl}", "{arguments: []}"), "evaluations.gorl-plain.run"),
+    ],
+)
+def test_a_wrong_entry_is_told_in_one_line(
+    tmp_path: Path, text: str, change: tuple[str, str], message: str
+) -> None:
+    assert change[0] in text
+    with pytest.raises(ConfigError, match=message) as error:
+        load(tmp_path, text.replace(*change, 1))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,266 @@
+"""One invocation of `genpol reproduce`: it makes data, trains, evaluates and records."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from genpol.cli import reproduce_folders as folders
+from genpol.cli import reproduce_processes as commands
+from genpol.cli.reproduce_folders import Attempt, Provenance
+from genpol.cli.reproduce_processes import Processes
+from genpol.provenance import code_version, machine
+from genpol.report import results
+from genpol.report.experiment import Experiment
+from genpol.report.plan import DataSet, Evaluation, Run, Training
+from genpol.report.results import ResultRow
+
+Outcome = Literal["finished", "failed", "interrupted", "skipped"]
+
+INTERRUPTED = 130
+
+
+class Session:
+    """The runs of one invocation: where they live, what is finished, what is to follow.
+
+    Attributes:
+        processes: Those under way.
+        results_file: Where results are recorded.
+    """
+
+    def __init__(
+        self,
+        chosen: Experiment,
+        *,
+        root: Path,
+        results_file: Path,
+        fresh: Container[str] = (),
+        keep_going: bool = False,
+    ) -> None:
+        """Begin a session.
+
+        Args:
+            chosen: The experiment.
+            root: Where the folders of runs and evaluations go.
+            results_file: Where results are recorded.
+            fresh: Labels of runs and evaluations to be made anew.
+            keep_going: Whether to go on with the others after one has failed.
+        """
+        self.processes = Processes()
+        self.results_file = results_file
+        self._chosen = chosen
+        self._root = root
+        self._fresh = fresh
+        self._keep_going = keep_going
+        self._provenance = Provenance()
+        self._waiting: list[Evaluation] = []
+        self._ended: set[Run] = set()
+        self._lock = threading.Lock()
+
+    def run_all(
+        self, plan: Sequence[Run], evaluations: Sequence[Evaluation], jobs: int
+    ) -> list[Outcome]:
+        """Do what is not finished, ``jobs`` at a time, and return what became of each."""
+        self._provenance = Provenance(code_version(), machine())
+        self._waiting = list(evaluations)
+        with ThreadPoolExecutor(jobs) as pool:
+            pending = [pool.submit(self._run_and_evaluate, item) for item in plan]
+            for future in pending:
+                _wait(future)
+        return [outcome for future in pending for outcome in future.result()]
+
+    def is_finished(self, item: Run | Evaluation) -> bool:
+        """Return whether the results hold this item, made by this very command, to its end."""
+        rows = results.rows_of(self.results_file)
+        return any(_is_of(row, item) and row.command == item.command for row in rows)
+
+    def make_data(self, data: DataSet, *, fresh: bool) -> int:
+        """Make a data set, or go on making it; return 0, or the code to end with.
+
+        Args:
+            data: The data set.
+            fresh: Whether the run that is recorded is trained anew.
+        """
+        say(f"{data.file}: is made first")
+        if data.training is None:
+            command = commands.generate_command(data.arguments)
+        else:
+            folder = self._train_for_data(data.training, fresh=fresh)
+            if folder is None:
+                return INTERRUPTED if self.processes.signalled.is_set() else 1
+            command = commands.record_command(folder, data.arguments)
+        code = self.processes.call(command)
+        if self.processes.signalled.is_set():
+            return INTERRUPTED
+        if code != 0 or not data.file.exists():
+            complain(f"{data.file} was not made (exit code {code}); see above")
+            return 1
+        return 0
+
+    def _train_for_data(self, item: Training, *, fresh: bool) -> Path | None:
+        """Return the run folder of a finished training, or ``None`` if it cannot be had now."""
+        folder = None if fresh else folders.finished(self._root / item.name, item)
+        if folder is None:
+            attempt, code = self._train(item, fresh=fresh)
+            well = code == 0 and attempt.ended_well
+            if self._outcome(item, code, attempt.log, well=well) == "finished":
+                folder = attempt.folder
+        return folder
+
+    def _run_and_evaluate(self, item: Run) -> list[Outcome]:
+        """Train one run, and make the evaluations that waited for no other."""
+        try:
+            outcomes = [self._run(item)]
+            with self._lock:
+                self._ended.add(item)
+                ready = [x for x in self._waiting if self._ended.issuperset(x.runs)]
+                self._waiting = [x for x in self._waiting if x not in ready]
+            return [*outcomes, *(self._evaluate(x) for x in ready)]
+        except BaseException:  # the results cannot be written, say: the others' cannot either
+            self.processes.send(signal.SIGTERM)
+            raise
+
+    def _run(self, item: Run) -> Outcome:
+        """Train one run to its end, unless that has been done."""
+        fresh = item.label in self._fresh
+        if not fresh and self.is_finished(item):
+            say(f"{item.name}: already finished")
+            return "skipped"
+        if self.processes.stop.is_set():
+            return "interrupted"
+        recorded = 0
+
+        def record(attempt: Attempt) -> None:
+            nonlocal recorded
+            recorded = self._record(item, attempt, recorded)
+
+        attempt, code = self._train(item, fresh=fresh, poll=record)
+        rows = folders.rows(attempt.folder, item, self._provenance, finished=True)
+        well = code == 0 and bool(rows) and attempt.ended_well
+        if well:
+            self._replace(item, rows)
+        return self._outcome(item, code, attempt.log, well=well)
+
+    def _train(
+        self, item: Training, *, fresh: bool, poll: Callable[[Attempt], None] = lambda _: None
+    ) -> tuple[Attempt, int]:
+        """Run or resume a training to its end, polling now and then; return its exit code too."""
+        attempt = Attempt(self._root / item.name, item, fresh=fresh)
+        if attempt.resumed is None:
+            command = commands.train_command(item.overrides, attempt.root)
+        else:
+            command = commands.resume_command(attempt.resumed)
+        say(f"{item.name}: {'resumes' if attempt.resumed else 'starts'}, log in {attempt.log}")
+        with attempt.log.open("ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            code = self.processes.call(command, output=log, poll=lambda: poll(attempt))
+        return attempt, code
+
+    def _record(self, item: Run, attempt: Attempt, recorded: int) -> int:
+        """Write new evaluations into the results, as of an unfinished run; return their number."""
+        rows = folders.rows(attempt.folder, item, self._provenance, finished=False)
+        if len(rows) > recorded:
+            self._replace(item, rows)
+            last = rows[-1]
+            say(
+                f"{item.name}: {last.env_steps:,} steps, {last.metric} {last.value:.4g},"
+                f" {last.wall_clock_s / 60:.1f} min"
+            )
+        return max(recorded, len(rows))
+
+    def _evaluate(self, item: Evaluation) -> Outcome:
+        """Make one evaluation of a finished run, unless that has been done."""
+        if item.label not in self._fresh and self.is_finished(item):
+            say(f"{item.name}: already finished")
+            return "skipped"
+        if self.processes.stop.is_set() or not all(self.is_finished(run) for run in item.runs):
+            return "interrupted"
+        found: dict[str, Path] = {}
+        for run in item.runs:
+            folder = folders.finished(self._root / run.name, run)
+            if folder is None:
+                return self._fail(
+                    f"{item.name} cannot be made: {run.name} is recorded as finished, but its "
+                    f"folder {self._root / run.name} holds no such run; `--fresh --only "
+                    f"{run.label}` trains it anew"
+                )
+            found[run.label] = folder
+        folder = found[item.run.label]
+        said, code, log = self._ask(item, commands.eval_command(folder, item.filled(found)))
+        if said is not None:
+            self._replace(item, folders.rows_of_evaluation(folder, item, said, self._provenance))
+        return self._outcome(item, code, log, well=said is not None)
+
+    def _ask(self, item: Evaluation, command: list[str]) -> tuple[dict[str, Any] | None, int, Path]:
+        """Run `genpol eval`; return what it says, if it ends well, its exit code and its log."""
+        root = self._root / item.name
+        root.mkdir(parents=True, exist_ok=True)
+        answer, log = root / "evaluation.json", root / "evaluation.log"
+        say(f"{item.name}: starts, log in {log}")
+        with answer.open("wb") as output, log.open("ab") as errors:
+            errors.write(f"$ {shlex.join(command)}\n".encode())
+            errors.flush()
+            code = self.processes.call(command, output=output, errors=errors)
+        said = folders.said_in(answer) if code == 0 else None
+        return said, code, log
+
+    def _outcome(self, item: Training | Evaluation, code: int, log: Path, *, well: bool) -> Outcome:
+        """Say what became of an item, and stop the others if it failed."""
+        if well:
+            say(f"{item.name}: finished")
+            return "finished"
+        if self.processes.signalled.is_set():
+            say(f"{item.name}: interrupted; the same command resumes it")
+            return "interrupted"
+        lacking = (
+            "without an answer" if isinstance(item, Evaluation) else "before its last evaluation"
+        )
+        reason = f"exit code {code}" if code else f"it ended {lacking}"
+        return self._fail(f"{item.name} failed ({reason}): {folders.last_line(log)}")
+
+    def _fail(self, line: str) -> Outcome:
+        if not self._keep_going:
+            self.processes.stop.set()
+        complain(line)
+        return "failed"
+
+    def _replace(self, item: Run | Evaluation, rows: list[ResultRow]) -> None:
+        """Put rows in the place of the item's, and of evaluations of what the item was before."""
+        stale = self._chosen.evaluations_of(item.label) if isinstance(item, Run) else set()
+        results.replace(
+            self.results_file,
+            rows,
+            obsolete=lambda row: (
+                (row.env, row.seed) == (item.env, item.seed) and row.agent in {item.label, *stale}
+            ),
+        )
+
+
+def _is_of(row: ResultRow, item: Run | Evaluation) -> bool:
+    return (row.agent, row.env, row.seed) == (item.label, item.env, item.seed)
+
+
+def _wait(future: Future[list[Outcome]]) -> None:
+    """Wait in short spells: Python runs signal handlers between them, and never inside one."""
+    while not future.done():
+        time.sleep(0.05)
+
+
+def say(line: str) -> None:
+    """Tell the user what is going on."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def complain(line: str) -> None:
+    """Tell the user what went wrong."""
+    sys.stderr.write(f"genpol: error: {line}\n")
+    sys.stderr.flush()

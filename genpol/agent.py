@@ -140,13 +140,18 @@ class ReplayAgent(Agent):
     :meth:`~Agent.update` with ``batch_size`` transitions as often as that asks for.
 
     Attributes:
-        batch_size: Transitions per update.
+        batch_size: Transitions, or windows, per update.
         replay_capacity: Transitions that the replay holds.
+        window: What a batch is made of: windows of several transitions on end, or single ones.
+        successes: Windows per update, besides, of episodes that ended with success; see
+            :class:`~genpol.data.sequences.SequenceReplay`.
     """
 
     source = "replay"
     batch_size: int
     replay_capacity: int
+    window: WindowSpec | None = None
+    successes: int = 0
 
     @abstractmethod
     def observe(self, rollout: TensorDict) -> int:

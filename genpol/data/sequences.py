@@ -28,15 +28,20 @@ class SequenceReplay:
     Windows with goals begin where more than H steps of their episode are held. Future goals are
     what it achieved later on (``achieved_goal``), random ones come from everywhere.
 
+    With ``successes`` it knows which collected steps belong to an episode that ended with success:
+    the success buffer of OGPO, which are the same rows. Behind the windows from anywhere, a batch
+    then has so many of those, once there are that many, and ``successful`` bool ``[B]`` tells them.
+
     Args:
         spec: The windows.
         capacity: Transitions held; older ones are overwritten.
         num_envs: Environments that are stepped together.
         seed: Seed of the draws.
         offline: What else to draw from; windows with goals need it.
+        successes: Windows of successful episodes in each batch; 0 needs no ``success`` to be told.
 
     Raises:
-        ConfigError: If the windows do not fit in.
+        ConfigError: If the windows do not fit in, or goals and successes are both asked for.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class SequenceReplay:
         num_envs: int,
         seed: int,
         offline: WindowSampler | None = None,
+        successes: int = 0,
     ) -> None:
         self.spec = spec
         self._times = capacity // num_envs
@@ -55,15 +61,22 @@ class SequenceReplay:
                 f"agent.replay_capacity = {capacity}: must hold {spec.steps} steps of {num_envs} "
                 "environments"
             )
+        if successes > 0 and spec.goals is not None:
+            raise ConfigError("windows with goals know no successes: set one of the two aside")
         self._num_envs = num_envs
         self._offline = offline
         self._num_offline = 0 if offline is None else offline.num_starts
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = _KEYS + ("achieved_goal",) * (spec.goals is not None)
+        self._successes = successes
+        self._after = _AFTER + ("success",) * (successes > 0)
         self._rows: dict[str, Tensor] = {}
         self._written = 0
         # The number of the last step of each held step's episode; -1 while that goes on.
         self._ends = torch.full((self._times, num_envs), -1)
+        # Of each held step, whether its episode ended with success.
+        self._won = torch.zeros(self._times, num_envs, dtype=torch.bool) if successes else None
+        self._won_starts: Tensor | None = None
 
     def __len__(self) -> int:
         """Return how many collected transitions it holds."""
@@ -84,7 +97,7 @@ class SequenceReplay:
         Where its first step begins an episode, the one before was cut, as by a resumption.
         """
         new = {name: rollout[name].cpu() for name in self._keys}
-        new |= {f"next_{name}": rollout["next", name].cpu() for name in _AFTER}
+        new |= {f"next_{name}": rollout["next", name].cpu() for name in self._after}
         steps = rollout.shape[1]
         if not self._rows:
             self._rows = {
@@ -100,6 +113,9 @@ class SequenceReplay:
         for name, x in new.items():
             self._rows[name][at] = x.transpose(0, 1)[skipped:]
         self._ends[at] = -1
+        if self._won is not None:
+            self._won[at] = False
+        self._won_starts = None
         self._written += steps
         self._note_ends(self._written - len(at), len(at))
 
@@ -109,7 +125,10 @@ class SequenceReplay:
         for step, env in self._rows["next_done"][at].squeeze(-1).nonzero().tolist():
             end = first + step
             held = torch.arange(max(0, end + 1 - self._times), end + 1) % self._times
-            self._ends[held[self._ends[held, env] == -1], env] = end
+            own = held[self._ends[held, env] == -1]
+            self._ends[own, env] = end
+            if self._won is not None:
+                self._won[own, env] = bool(self._rows["next_success"][end % self._times, env])
 
     def sample(self, size: int) -> TensorDict:
         """Return windows ``[size]``, from the data set and from what was collected."""
@@ -118,7 +137,34 @@ class SequenceReplay:
         index = torch.cat((index[index < self._num_offline], index[index >= self._num_offline]))
         if self.spec.goals is not None:
             return self._with_goals(index, self._draw(size))
-        return self._joined(index, None, None)
+        batch = self._joined(index, None, None)
+        return self._with_successes(batch) if self._successes > 0 else batch
+
+    def _with_successes(self, batch: TensorDict) -> TensorDict:
+        batch["successful"] = torch.zeros(len(batch), dtype=torch.bool)
+        starts = self._successful()
+        if len(starts) < self._successes:
+            return batch
+        chosen = torch.randint(len(starts), (self._successes,), generator=self._generator)
+        windows = self._at(starts[chosen])
+        windows["successful"] = torch.ones(len(windows), dtype=torch.bool)
+        joined: TensorDict = torch.cat((batch, windows))
+        return joined
+
+    @property
+    def num_successful(self) -> int:
+        """Collected steps of episodes that ended with success at which a window can begin."""
+        return len(self._successful())
+
+    def _successful(self) -> Tensor:
+        """Return the numbers of the windows that begin in episodes that ended with success."""
+        if self._won is None:
+            return torch.zeros(0, dtype=torch.int64)
+        if self._won_starts is None:
+            oldest = self._written - self._held
+            steps = torch.arange(oldest, oldest + self.num_starts // self._num_envs) % self._times
+            self._won_starts = self._num_offline + self._won[steps].flatten().nonzero().squeeze(-1)
+        return self._won_starts
 
     def _draw(self, size: int) -> Tensor:
         """Return numbers of windows; those of the data set come first."""
@@ -241,6 +287,7 @@ class SequenceReplay:
         return {
             "rows": {name: x[: self._held] for name, x in self._rows.items()} or None,
             "ends": self._ends[: self._held],
+            "won": None if self._won is None else self._won[: self._held],
             "written": self._written,
             "generator": self._generator.get_state(),
         }
@@ -250,6 +297,9 @@ class SequenceReplay:
         self._written = state["written"]
         self._generator.set_state(state["generator"])
         self._ends[: len(state["ends"])] = state["ends"]
+        if self._won is not None:
+            self._won[: len(state["won"])] = state["won"]
+        self._won_starts = None
         self._rows = {}
         for name, x in (state["rows"] or {}).items():
             self._rows[name] = x.new_zeros((self._times, *x.shape[1:]))

@@ -371,17 +371,20 @@ def _make_replay(
     agent: Agent, settings: TrainSettings, windows: WindowSampler | None
 ) -> Replay | SequenceReplay | None:
     seed = derive(settings.seed, "replay")
-    if isinstance(agent, ReplayAgent):
+    if isinstance(agent, ReplayAgent) and agent.window is None:
         return Replay(agent.replay_capacity, seed=seed)
-    if isinstance(agent, DatasetAgent) and settings.online_steps > 0:
-        return SequenceReplay(
-            agent.window,
-            capacity=agent.replay_capacity,
-            num_envs=settings.num_envs,
-            seed=seed,
-            offline=windows,
-        )
-    return None
+    if not isinstance(agent, ReplayAgent | DatasetAgent) or agent.window is None:
+        return None
+    if isinstance(agent, DatasetAgent) and settings.online_steps == 0:
+        return None
+    return SequenceReplay(
+        agent.window,
+        capacity=agent.replay_capacity,
+        num_envs=settings.num_envs,
+        seed=seed,
+        offline=windows,
+        successes=agent.successes if isinstance(agent, ReplayAgent) else 0,
+    )
 
 
 def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:

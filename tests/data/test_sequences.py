@@ -15,7 +15,7 @@ from genpol.errors import ConfigError
 ENVS = 2
 
 
-def rollout(first, steps, *, done=(), terminated=(), diverged=(), begins=()):
+def rollout(first, steps, *, done=(), terminated=(), diverged=(), begins=(), success=None):
     """Return steps whose observations are their time, plus a hundred for each environment."""
     time = torch.arange(first, first + steps).float().expand(ENVS, steps)
     state = (time + 100 * torch.arange(ENVS)[:, None]).unsqueeze(-1)
@@ -32,6 +32,7 @@ def rollout(first, steps, *, done=(), terminated=(), diverged=(), begins=()):
         "terminated": flags(terminated),
         "done": flags([*done, *terminated, *diverged]),
         "diverged": flags(diverged),
+        **({} if success is None else {"success": flags(success)}),
     }
     fields = {
         "observation": state,
@@ -222,3 +223,74 @@ def test_a_saved_buffer_with_goals_goes_on_with_the_same_windows():
         buffer.extend(rollout(8, 4))
     a, b = first.sample(50), second.sample(50)
     assert all(torch.equal(a[key], b[key]) for key in a.keys(True, True))
+
+
+# --- successes ---------------------------------------------------------------------------------
+
+
+def successful_starts(buffer):
+    batch = buffer._at(buffer._successful())
+    return sorted(batch["observation"].squeeze(-1).int().tolist())
+
+
+def test_windows_of_success_begin_in_episodes_that_ended_well():
+    buffer = replay(steps=2, successes=3)
+    # Environment 0: solved at 3, not at 7; environment 1: solved for a while at 102, lost at 104.
+    buffer.extend(rollout(0, 5, terminated=[(0, 3)], done=[(1, 4)], success=[(0, 3), (1, 2)]))
+    buffer.extend(rollout(5, 5, done=[(0, 7)], success=[]))
+    assert successful_starts(buffer) == [0, 1, 2, 3]
+    assert buffer.num_successful == 4
+    drawn = torch.cat([buffer.sample(5) for _ in range(50)])
+    assert len(drawn) == 50 * 8
+    batch = drawn[drawn["successful"]]
+    assert len(batch) == 50 * 3
+    assert set(batch["observation"].squeeze(-1).int().tolist()) == {0, 1, 2, 3}
+    anywhere = drawn[~drawn["successful"]]["observation"].squeeze(-1)
+    assert (anywhere > 3).any()
+    last = batch["observation"].squeeze(-1) == 3
+    assert not batch["valid"][last, 1].any(), "a window ends with its episode"
+    assert batch["valid"][~last].all()
+
+
+def test_an_episode_under_way_is_no_success_and_one_that_spans_rollouts_is():
+    buffer = replay(steps=1, successes=3)
+    buffer.extend(rollout(0, 3, success=[(0, 2)]))
+    assert buffer.num_successful == 0
+    buffer.extend(rollout(3, 2, terminated=[(0, 4)], success=[(0, 4)]))
+    assert successful_starts(buffer) == [0, 1, 2, 3, 4]
+
+
+def test_overwritten_successes_are_forgotten():
+    buffer = replay(steps=1, capacity=6 * ENVS, successes=3)
+    buffer.extend(rollout(0, 4, terminated=[(0, 3)], success=[(0, 3)]))
+    buffer.extend(rollout(4, 4, success=[]))
+    assert successful_starts(buffer) == [2, 3]
+    buffer.extend(rollout(8, 4, success=[]))
+    assert buffer.num_successful == 0
+    assert buffer.sample(5)["successful"].tolist() == [False] * 5
+
+
+def test_successes_survive_a_checkpoint():
+    buffer = replay(steps=2, successes=3)
+    buffer.extend(rollout(0, 6, terminated=[(1, 3)], success=[(1, 3)]))
+    other = replay(steps=2, successes=3)
+    other.load_state(buffer.state())
+    assert successful_starts(other) == successful_starts(buffer) == [100, 101, 102, 103]
+    first, second = buffer.sample(20), other.sample(20)
+    assert len(first) == 23
+    assert torch.equal(first["action"], second["action"])
+
+
+def test_windows_of_success_wait_until_there_are_enough():
+    buffer = replay(steps=1, successes=5)
+    buffer.extend(rollout(0, 4, terminated=[(0, 3)], success=[(0, 3)]))
+    assert buffer.num_successful == 4
+    assert len(buffer.sample(6)) == 6
+    buffer.extend(rollout(4, 1, terminated=[(0, 4)], success=[(0, 4)]))
+    assert len(buffer.sample(6)) == 11
+
+
+def test_goals_and_successes_exclude_each_other():
+    spec = WindowSpec(steps=2, edges="whole", goals=GoalSettings())
+    with pytest.raises(ConfigError, match="goals"):
+        SequenceReplay(spec, capacity=40, num_envs=ENVS, seed=0, successes=3)

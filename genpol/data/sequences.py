@@ -74,6 +74,8 @@ class SequenceReplay:
         self._written = 0
         # The number of the last step of each held step's episode; -1 while that goes on.
         self._ends = torch.full((self._times, num_envs), -1)
+        self._begins = torch.zeros(num_envs, dtype=torch.int64)  # of the episodes that go on
+        self._cuts: list[tuple[int, int]] = []  # steps and environments whose episode was cut
         # Of each held step, whether its episode ended with success.
         self._won = torch.zeros(self._times, num_envs, dtype=torch.bool) if successes else None
         self._won_starts: Tensor | None = None
@@ -105,9 +107,12 @@ class SequenceReplay:
                 for name, x in new.items()
             }
         elif self._written:
-            last = (self._written - 1) % self._times
-            self._rows["next_done"][last] |= rollout["is_init"][:, 0].cpu()
-            self._note_ends(self._written - 1, 1)
+            last = self._written - 1
+            going_on = ~self._rows["next_done"][last % self._times].squeeze(-1)
+            cut = going_on & rollout["is_init"][:, 0].squeeze(-1).cpu()
+            self._cuts += [(last, env) for env in cut.nonzero().squeeze(-1).tolist()]
+            self._rows["next_done"][last % self._times] |= cut.unsqueeze(-1)
+            self._note_ends(last, 1)
         skipped = max(0, steps - self._times)
         at = torch.arange(self._written + skipped, self._written + steps) % self._times
         for name, x in new.items():
@@ -124,9 +129,10 @@ class SequenceReplay:
         at = torch.arange(first, first + number) % self._times
         for step, env in self._rows["next_done"][at].squeeze(-1).nonzero().tolist():
             end = first + step
-            held = torch.arange(max(0, end + 1 - self._times), end + 1) % self._times
-            own = held[self._ends[held, env] == -1]
+            begin = max(int(self._begins[env]), end + 1 - self._times)
+            own = torch.arange(begin, end + 1) % self._times
             self._ends[own, env] = end
+            self._begins[env] = end + 1
             if self._won is not None:
                 self._won[own, env] = bool(self._rows["next_success"][end % self._times, env])
 
@@ -282,25 +288,42 @@ class SequenceReplay:
         }
         return earned, self._rows["observation"][(start + steps) % self._times, env]
 
-    def state(self) -> dict[str, Any]:
-        """Return what was collected, and the generator."""
+    @property
+    def span(self) -> tuple[int, int]:
+        """The numbers of the oldest step held and of the next one to come."""
+        return self._written - self._held, self._written
+
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Return held steps by their numbers, ``[last - first, num_envs, ...]`` each."""
+        at = torch.arange(first, last) % self._times
+        return {name: x[at] for name, x in self._rows.items()}
+
+    def position(self) -> dict[str, Any]:
+        """Return all but the steps themselves, and what follows from them."""
+        held = self._written - self._held
         return {
-            "rows": {name: x[: self._held] for name, x in self._rows.items()} or None,
-            "ends": self._ends[: self._held],
-            "won": None if self._won is None else self._won[: self._held],
             "written": self._written,
+            "cuts": [list(cut) for cut in self._cuts if cut[0] >= held],
             "generator": self._generator.get_state(),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
-        self._written = state["written"]
-        self._generator.set_state(state["generator"])
-        self._ends[: len(state["ends"])] = state["ends"]
-        if self._won is not None:
-            self._won[: len(state["won"])] = state["won"]
-        self._won_starts = None
+    def restore(self, rows: Mapping[str, Tensor], position: Mapping[str, Any]) -> None:
+        """Become what :meth:`rows` of the whole :attr:`span` and :meth:`position` say."""
+        self._written = position["written"]
+        self._generator.set_state(position["generator"])
+        self._cuts = [(step, env) for step, env in position["cuts"]]
+        first, last = self.span
+        at = torch.arange(first, last) % self._times
         self._rows = {}
-        for name, x in (state["rows"] or {}).items():
+        for name, x in rows.items():
             self._rows[name] = x.new_zeros((self._times, *x.shape[1:]))
-            self._rows[name][: len(x)] = x
+            self._rows[name][at] = x
+        for step, env in self._cuts:
+            self._rows["next_done"][step % self._times, env] = True
+        self._ends.fill_(-1)
+        self._begins.fill_(first)
+        if self._won is not None:
+            self._won.fill_(False)
+        self._won_starts = None
+        if self._rows:
+            self._note_ends(first, last - first)

@@ -129,6 +129,11 @@ def read_metadata(path: Path) -> dict[str, str | int | float]:
     return metadata
 
 
+def kept(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, oldest first."""
+    return _list(folder)
+
+
 def latest(folder: Path) -> Path | None:
     """Return the checkpoint in ``folder`` whose name sorts last, or ``None``."""
     return next(reversed(_list(folder)), None)
@@ -232,6 +237,15 @@ def read_folder(path: Path, *, tag: str) -> State:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     state: State = _decode(tree, tensors)
     return state
+
+
+def digest(path: Path, *, tag: str) -> str:
+    """Return the SHA-256 of a folder that :func:`write_folder` wrote: that of its manifest.
+
+    Raises:
+        CheckpointError: If the manifest is missing, damaged, foreign or of a newer format.
+    """
+    return _digest(_read_manifest(path, tag))
 
 
 # --- the state as a tree -----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from genpol.training.collection import Collector, make_collector
 from genpol.training.display import TerminalReport
 from genpol.training.dump import write_dump
 from genpol.training.evaluation import evaluate
+from genpol.training.replay_store import ReplayStore
 from genpol.training.run import Run
 from genpol.training.settings import TrainSettings
 from genpol.training.signals import SignalWatch
@@ -93,6 +94,7 @@ class Training:
                 num_envs=settings.num_envs, seed=derive(settings.seed, "training"), training=True
             )
         self._replay = _make_replay(agent, settings, self._windows)
+        self._stored = ReplayStore(run.path / "replay")
         self._reward_terms: tuple[str, ...] = getattr(self._env, "reward_terms", ())
         self._episodes = EpisodeTracker(settings.num_envs, max(1, len(self._reward_terms)))
         self._evaluated_at = self._saved_at = -1
@@ -282,7 +284,7 @@ class Training:
             # Before the first step, the collector has yet to reset: there is nothing to restore.
             "simulation": self._env.state_dict_of_simulation() if self.env_steps > 0 else None,
             "episodes": self._episodes.state(),
-            "replay": None if self._replay is None else self._replay.state(),
+            "replay": None if self._replay is None else self._stored.save(self._replay),
             "torch_generator": torch.get_rng_state(),
             "windows": None if self._windows is None else self._windows.state(),
             "env_steps": self.env_steps,
@@ -291,6 +293,7 @@ class Training:
             "evaluated": list(self._evaluated),
             "wall_clock_s": self.wall_clock_s,
         }
+        oldest = 0 if self._replay is None else self._replay.span[0]
         path = checkpoint.save(
             self.run.checkpoints,
             checkpoint.step_name(self.steps),
@@ -300,9 +303,13 @@ class Training:
                 "gradient_steps": self.agent.gradient_steps,
                 "env": self.run.record["env"],
                 "agent": self.run.record["agent"],
+                "replay_from": oldest,
             },
             keep=self.settings.checkpoint.keep,
         )
+        if self._replay is not None:
+            kept = map(checkpoint.read_metadata, checkpoint.kept(self.run.checkpoints))
+            self._stored.prune(min(int(metadata.get("replay_from", 0)) for metadata in kept))
         self._saved_at = self.steps
         return path
 
@@ -339,7 +346,7 @@ class Training:
             self._env.load_simulation(state["simulation"])
             self._episodes.load_state(state["episodes"])
         if self._replay is not None and state["replay"] is not None:  # none in an offline phase
-            self._replay.load_state(state["replay"])
+            self._stored.load(self._replay, state["replay"], path)
         if self._windows is not None:
             self._windows.load_state(state["windows"])
         torch.set_rng_state(state["torch_generator"])

@@ -8,6 +8,7 @@
         metrics.csv   one row per logged update       tensorboard/  the same, for TensorBoard
         evals.csv     one row per evaluation
         checkpoints/  see genpol.training.checkpoint  videos/
+        replay/       see genpol.training.replay_store, of agents that have one
 """
 
 from __future__ import annotations

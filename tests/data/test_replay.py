@@ -31,7 +31,7 @@ def rollout(start: int, num_envs: int = 2, time: int = 3) -> TensorDict:
 
 
 def held(replay: Replay) -> list[float]:
-    return sorted(replay.state()["rows"]["observation"].flatten().tolist())
+    return sorted(replay.rows(*replay.span)["observation"].flatten().tolist())
 
 
 def test_transitions_stay_whole() -> None:
@@ -73,7 +73,7 @@ def test_it_continues_bit_for_bit(rollouts: int) -> None:
     if rollouts:
         replay.sample(3)
     other = Replay(8, seed=1)
-    other.load_state(replay.state())
+    other.restore(replay.rows(*replay.span) if rollouts else {}, replay.position())
     for each in (replay, other):
         each.extend(rollout(100, num_envs=1))
     assert held(other) == held(replay)

@@ -50,6 +50,12 @@ def replay(steps=3, capacity=40, gamma=0.5, **options):
     )
 
 
+def copy_of(buffer, **options):
+    other = replay(**options)
+    other.restore(buffer.rows(*buffer.span), buffer.position())
+    return other
+
+
 def all_windows(buffer):
     batch = buffer._at(torch.arange(buffer.num_starts))
     return {int(batch["observation"][i].item()): batch[i] for i in range(len(batch))}
@@ -129,7 +135,7 @@ def test_a_saved_buffer_goes_on_with_the_same_windows():
         first.extend(rollout(start, 4))
     first.sample(3)
     second = replay(capacity=10)
-    second.load_state(first.state())
+    second.restore(first.rows(*first.span), first.position())
     for buffer in (first, second):
         buffer.extend(rollout(8, 3))
     a, b = first.sample(50), second.sample(50)
@@ -217,7 +223,7 @@ def test_a_saved_buffer_with_goals_goes_on_with_the_same_windows():
     goals = GoalSettings()
     first, second = goal_replay(goals), goal_replay(goals)
     first.extend(rollout(0, 8, done=[(1, 5)]))
-    second.load_state(first.state())
+    second.restore(first.rows(*first.span), first.position())
     second._offline.load_state(first._offline.state())
     for buffer in (first, second):
         buffer.extend(rollout(8, 4))
@@ -274,7 +280,7 @@ def test_successes_survive_a_checkpoint():
     buffer = replay(steps=2, successes=3)
     buffer.extend(rollout(0, 6, terminated=[(1, 3)], success=[(1, 3)]))
     other = replay(steps=2, successes=3)
-    other.load_state(buffer.state())
+    other.restore(buffer.rows(*buffer.span), buffer.position())
     assert successful_starts(other) == successful_starts(buffer) == [100, 101, 102, 103]
     first, second = buffer.sample(20), other.sample(20)
     assert len(first) == 23
@@ -294,3 +300,41 @@ def test_goals_and_successes_exclude_each_other():
     spec = WindowSpec(steps=2, edges="whole", goals=GoalSettings())
     with pytest.raises(ConfigError, match="goals"):
         SequenceReplay(spec, capacity=40, num_envs=ENVS, seed=0, successes=3)
+
+
+# --- what a checkpoint holds -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [5, 9, 30])
+def test_a_restored_replay_draws_what_the_first_would_have(steps):
+    """Not yet full, just full, and long since overwritten; with a cut episode among the others."""
+    options = {"steps": 2, "capacity": 10 * ENVS, "successes": 2}
+    buffer = replay(**options)
+    for first in range(0, steps, 3):
+        number = min(3, steps - first)
+        ends = [(0, first)] if first % 2 else []
+        begins = [(1, first)] if first in (3, 27) else []
+        buffer.extend(rollout(first, number, terminated=ends, begins=begins, success=ends))
+    other = copy_of(buffer, **options)
+    for _ in range(3):
+        first, second = buffer.sample(20), other.sample(20)
+        assert (first == second).all()
+    more = rollout(steps, 4, terminated=[(0, steps + 1)], success=[(0, steps + 1)])
+    for each in (buffer, other):
+        each.extend(more)
+    assert torch.equal(buffer._ends, other._ends)
+    assert torch.equal(buffer._won, other._won)
+    assert (buffer.sample(20) == other.sample(20)).all()
+
+
+def test_an_episode_that_was_cut_stays_cut():
+    buffer = replay(steps=2)
+    buffer.extend(rollout(0, 4))
+    written = buffer.rows(0, 4)  # as a checkpoint has it, before the cut is known
+    buffer.extend(rollout(4, 3, begins=[(0, 4)]))
+    later = buffer.rows(4, 7)
+    other = replay(steps=2)
+    rows = {name: torch.cat((x, later[name])) for name, x in written.items()}
+    other.restore(rows, buffer.position())
+    assert all_windows(other)[3]["valid"].tolist() == [True, False]
+    assert all_windows(other)[103]["valid"].tolist() == [True, True]

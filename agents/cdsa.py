@@ -12,6 +12,10 @@ score model is used there. The last ``holdout`` of the trajectories are learned 
 model, for the choice of a step; where data of several policies lie one after the other, they are
 the last one's. Both models standardise for themselves and see raw observations.
 
+A policy that already is the behaviour's mean should be left as it is: on a linear-quadratic task
+one step changed its return by 0.1 % with ``noise_on=action``, and by 2 % with ``joint``, whose
+action block is blurred over neighbouring states.
+
 Acting by itself (which is what a run's evaluations show) it is a crude clone: from the mean action
 of the data it climbs the density at that state, level by level, without noise
 (:func:`~genpol.policies.correction.climb`).

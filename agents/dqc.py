@@ -230,5 +230,11 @@ class DQC(OfflineAgent):
         """See :class:`~genpol.offline.OfflineAgent`: the live partial critics' logits."""
         return aggregate(self.partial(observation, chunk), self.settings.aggregate)
 
+    def expected_return(self, observation: Tensor, chunk: Tensor) -> Tensor:
+        """See :class:`~genpol.offline.OfflineAgent`: probabilities, discounted, of arriving."""
+        return aggregate_probability(
+            self.partial(observation, chunk), self.settings.aggregate
+        ).sigmoid()
+
 
 AGENT = DQC

@@ -130,12 +130,12 @@ class Settings(FlowCriticSettings):
                 "set agent.denoiser=flow"
             )
         if self.budget_unit == "nats" and (
-            self.metric in ("euclidean", "released") or self.normalizer == "state"
+            self.metric in ("euclidean", "point", "released") or self.normalizer == "state"
         ):
             raise ConfigError(
-                "agent.budget_unit = 'nats': has no meaning with agent.metric=euclidean or "
-                "released, nor with agent.normalizer=state; set agent.budget_unit=trace and a "
-                "budget of about 0.001"
+                "agent.budget_unit = 'nats': has no meaning with agent.metric=euclidean, point or "
+                "released, nor with agent.normalizer=state; set agent.budget_unit=trace and "
+                "agent.budget=0.001"
             )
 
 

@@ -70,7 +70,7 @@ def parse(corrector: str | None, options: Mapping[str, str]) -> Request | None:
 
 
 def apply(
-    trained: TrainedRun, request: Request, *, seed: int
+    trained: TrainedRun, request: Request, *, seed: int, deterministic: bool
 ) -> tuple[CorrectedPolicy, dict[str, Any]]:
     """Let a trained policy act corrected from now on.
 
@@ -78,6 +78,7 @@ def apply(
         trained: The policy's run; its agent is changed.
         request: What was asked for.
         seed: Seed of the choice of a step.
+        deterministic: Whether the policy will act by its mode.
 
     Returns:
         The corrected policy, and the settings that it has, with what was tried for them.
@@ -105,7 +106,7 @@ def apply(
         )
     chosen: dict[str, Any] = {}
     if request.select:
-        choice = _choose(trained, corrector, agent, settings, seed)
+        choice = _choose(trained, corrector, agent, settings, seed, deterministic)
         settings, chosen = choice.settings, _told(choice)
     policy = CorrectedPolicy(trained.agent.policy, models, settings)
     trained.agent.policy = policy
@@ -142,7 +143,7 @@ def _told(choice: Choice) -> dict[str, Any]:
     criterion = (
         "chosen by support and value"
         if choice.by_value
-        else ("chosen by support alone: the policy has no critic")
+        else ("chosen by support alone: no critic of the policy is asked")
     )
     if not choice.supported:
         criterion += "; none reaches the support of the data, so the nearest to it"
@@ -198,12 +199,14 @@ def _choose(
     agent: CDSA,
     settings: CorrectionSettings,
     seed: int,
+    deterministic: bool,
 ) -> Choice:
     from genpol.cli.train import open_data
     from genpol.offline.correction import choose_step
 
     try:
-        dataset = open_data(corrector.settings, agent)
+        # As the policy's task sees them: it may be told goals where the corrector saw none.
+        dataset = open_data(replace(corrector.settings, env=trained.settings.env), agent)
     except DatasetError as error:
         raise DatasetError(
             f"{error} (corrector.select needs the corrector's data; without them give "
@@ -217,6 +220,7 @@ def _choose(
         settings,
         holdout=agent.settings.holdout,
         seed=seed,
+        deterministic=deterministic,
     )
 
 

@@ -36,8 +36,8 @@ Policies that are flows or diffusion models can be guided without training anew:
   agent.goal_weight=2         exaggerate the goal of a clone that was told one (classifier-free)
 
 The actions of any policy can be corrected towards a data set, on which agent=cdsa was trained:
-  corrector=cdsa:<run>        with a step that is chosen from that run's data, held-out
-                              trajectories of it, and the policy's critic, if it has one
+  corrector=cdsa:<run>        with a step that is chosen on held-out trajectories of that run's
+                              data, and by the critic of a policy that was learned from data
   corrector.action_weight=0.25 corrector.state_weight=0.1
                               with this step; 0 and 0 for none, as corrector=none
   corrector.noise_level=0.1 corrector.steps=1 corrector.max_norm=0.2 corrector.form=delta
@@ -117,7 +117,9 @@ def run(arguments: list[str]) -> int:
         policy = None
         if wanted is not None:
             seed_of_choice = derive(seed, "choice of correction")
-            policy, how = correction.apply(trained, wanted, seed=seed_of_choice)
+            policy, how = correction.apply(
+                trained, wanted, seed=seed_of_choice, deterministic=not options["stochastic"]
+            )
             chosen |= how
         result = run_episodes("test")
         chosen |= {} if policy is None else correction.outcome(policy)

@@ -72,16 +72,19 @@ def run(arguments: list[str]) -> int:
         root=root,
         results_file=folder / f"{chosen.name}.csv",
         keep_going=options.keep_going,
-        fresh=_labels(chosen, options.only) if options.fresh else (),
     )
     if options.dry_run:
         _print_commands(data_sets, [*plan, *evaluations], session, root)
         return 0
+    if options.fresh:
+        labels = _labels(chosen, options.only)
+        items: list[Run | Evaluation] = [*plan, *evaluations]
+        session.retire([item for item in items if item.label in labels])
     _announce(chosen, plan, evaluations, session)
     with session.processes.forwarding_signals():
         for data in data_sets:
             if not data.file.exists():
-                code = session.make_data(data, fresh=options.fresh)
+                code = session.make_data(data)
                 if code != 0:
                     return code
         outcomes = session.run_all(plan, evaluations, options.jobs)
@@ -107,8 +110,7 @@ def _print_commands(
             say(f"{command}{done}")
     for item in plan:
         done = "   # finished" if session.is_finished(item) else ""
-        command = item.command_in(root) if isinstance(item, Evaluation) else item.command
-        say(f"{command}{done}")
+        say(f"{item.command_in(root)}{done}")
 
 
 def _announce(

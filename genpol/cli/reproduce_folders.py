@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genpol.data.staging import lock
 from genpol.errors import DatasetError
 from genpol.report.plan import Evaluation, Run, Training
 from genpol.report.results import UNFINISHED, ResultRow
@@ -23,6 +25,8 @@ _RISKS = {
     "var_25": "value_at_risk_25%",
     "cvar_25": "conditional_value_at_risk_25%",
 }
+
+_MADE_BY = "command.txt"  # the command of the training that last began in a folder
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class Attempt:
         resumed: The run folder that is continued; ``None`` if a new one is to come.
     """
 
-    def __init__(self, root: Path, item: Training, *, fresh: bool) -> None:
+    def __init__(self, root: Path, item: Training) -> None:
         self.root = root
-        self.resumed = None if fresh else _resumable(root, item)
+        self.resumed = _resumable(root, item)
         self._before = _run_folders(root) - {self.resumed}
         root.mkdir(parents=True, exist_ok=True)
-        (root / "command.txt").write_text(item.command + "\n", encoding="utf-8")
+        (root / _MADE_BY).write_text(item.command + "\n", encoding="utf-8")
 
     @property
     def log(self) -> Path:
@@ -67,6 +71,24 @@ class Attempt:
     def ended_well(self) -> bool:
         """Whether the run is finished."""
         return self.folder is not None and _ended_well(self.folder)
+
+
+@contextlib.contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """Keep other processes from training under ``root`` for as long as the block lasts.
+
+    Raises:
+        DatasetError: If another one does.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("a") as file:
+        lock(file.fileno(), root, wait=False)
+        yield
+
+
+def retire(root: Path) -> None:
+    """Let what lies under ``root`` be neither finished nor resumable; nothing of it is removed."""
+    (root / _MADE_BY).unlink(missing_ok=True)
 
 
 def finished(root: Path, item: Training) -> Path | None:
@@ -185,7 +207,7 @@ def _resumable(root: Path, item: Training) -> Path | None:
 
 def _made_by(root: Path, item: Training) -> bool:
     """Return whether the training that last began under ``root`` was this one."""
-    note = root / "command.txt"
+    note = root / _MADE_BY
     return note.is_file() and note.read_text(encoding="utf-8").strip() == item.command
 
 

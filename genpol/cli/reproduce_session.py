@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +18,12 @@ from genpol.cli import reproduce_folders as folders
 from genpol.cli import reproduce_processes as commands
 from genpol.cli.reproduce_folders import Attempt, Provenance
 from genpol.cli.reproduce_processes import Processes
+from genpol.errors import DatasetError
 from genpol.provenance import code_version, machine
 from genpol.report import results
 from genpol.report.experiment import Experiment
 from genpol.report.plan import DataSet, Evaluation, Run, Training
-from genpol.report.results import ResultRow
+from genpol.report.results import UNFINISHED, ResultRow
 
 Outcome = Literal["finished", "failed", "interrupted", "skipped"]
 
@@ -41,7 +44,6 @@ class Session:
         *,
         root: Path,
         results_file: Path,
-        fresh: Container[str] = (),
         keep_going: bool = False,
     ) -> None:
         """Begin a session.
@@ -50,14 +52,12 @@ class Session:
             chosen: The experiment.
             root: Where the folders of runs and evaluations go.
             results_file: Where results are recorded.
-            fresh: Labels of runs and evaluations to be made anew.
             keep_going: Whether to go on with the others after one has failed.
         """
         self.processes = Processes()
         self.results_file = results_file
         self._chosen = chosen
         self._root = root
-        self._fresh = fresh
         self._keep_going = keep_going
         self._provenance = Provenance()
         self._waiting: list[Evaluation] = []
@@ -81,18 +81,32 @@ class Session:
         rows = results.rows_of(self.results_file)
         return any(_is_of(row, item) and row.command == item.command for row in rows)
 
-    def make_data(self, data: DataSet, *, fresh: bool) -> int:
-        """Make a data set, or go on making it; return 0, or the code to end with.
+    def retire(self, items: Sequence[Run | Evaluation]) -> None:
+        """Let finished or interrupted items count as not begun: the next attempt makes them anew.
 
-        Args:
-            data: The data set.
-            fresh: Whether the run that is recorded is trained anew.
+        Their rows stay, marked as unfinished, until there are others.
         """
+
+        def retired(row: ResultRow) -> bool:
+            return any(_is_of(row, item) for item in items)
+
+        rows = [row for row in results.rows_of(self.results_file) if retired(row)]
+        if rows:
+            marked = [
+                replace(row, command=row.command.removesuffix(UNFINISHED) + UNFINISHED)
+                for row in rows
+            ]
+            results.replace(self.results_file, marked, obsolete=retired)
+        for item in items:
+            folders.retire(self._root / item.name)
+
+    def make_data(self, data: DataSet) -> int:
+        """Make a data set, or go on making it; return 0, or the code to end with."""
         say(f"{data.file}: is made first")
         if data.training is None:
             command = commands.generate_command(data.arguments)
         else:
-            folder = self._train_for_data(data.training, fresh=fresh)
+            folder = self._train_for_data(data.training)
             if folder is None:
                 return INTERRUPTED if self.processes.signalled.is_set() else 1
             command = commands.record_command(folder, data.arguments)
@@ -104,11 +118,12 @@ class Session:
             return 1
         return 0
 
-    def _train_for_data(self, item: Training, *, fresh: bool) -> Path | None:
+    def _train_for_data(self, item: Training) -> Path | None:
         """Return the run folder of a finished training, or ``None`` if it cannot be had now."""
-        folder = None if fresh else folders.finished(self._root / item.name, item)
+        folder = folders.finished(self._root / item.name, item)
         if folder is None:
-            attempt, code = self._train(item, fresh=fresh)
+            with folders.claimed(self._root / item.name):
+                attempt, code = self._train(item)
             well = code == 0 and attempt.ended_well
             if self._outcome(item, code, attempt.log, well=well) == "finished":
                 folder = attempt.folder
@@ -129,19 +144,26 @@ class Session:
 
     def _run(self, item: Run) -> Outcome:
         """Train one run to its end, unless that has been done."""
-        fresh = item.label in self._fresh
-        if not fresh and self.is_finished(item):
+        if self.is_finished(item):
             say(f"{item.name}: already finished")
             return "skipped"
         if self.processes.stop.is_set():
             return "interrupted"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(folders.claimed(self._root / item.name))
+            except DatasetError as error:
+                return self._fail(f"{item.name}: {error}")
+            return self._train_and_record(item)
+
+    def _train_and_record(self, item: Run) -> Outcome:
         recorded = 0
 
         def record(attempt: Attempt) -> None:
             nonlocal recorded
             recorded = self._record(item, attempt, recorded)
 
-        attempt, code = self._train(item, fresh=fresh, poll=record)
+        attempt, code = self._train(item, poll=record)
         rows = folders.rows(attempt.folder, item, self._provenance, finished=True)
         well = code == 0 and bool(rows) and attempt.ended_well
         if well:
@@ -149,10 +171,10 @@ class Session:
         return self._outcome(item, code, attempt.log, well=well)
 
     def _train(
-        self, item: Training, *, fresh: bool, poll: Callable[[Attempt], None] = lambda _: None
+        self, item: Training, *, poll: Callable[[Attempt], None] = lambda _: None
     ) -> tuple[Attempt, int]:
         """Run or resume a training to its end, polling now and then; return its exit code too."""
-        attempt = Attempt(self._root / item.name, item, fresh=fresh)
+        attempt = Attempt(self._root / item.name, item)
         if attempt.resumed is None:
             command = commands.train_command(item.overrides, attempt.root)
         else:
@@ -178,7 +200,7 @@ class Session:
 
     def _evaluate(self, item: Evaluation) -> Outcome:
         """Make one evaluation of a finished run, unless that has been done."""
-        if item.label not in self._fresh and self.is_finished(item):
+        if self.is_finished(item):
             say(f"{item.name}: already finished")
             return "skipped"
         if self.processes.stop.is_set() or not all(self.is_finished(run) for run in item.runs):
@@ -218,7 +240,7 @@ class Session:
             say(f"{item.name}: finished")
             return "finished"
         if self.processes.signalled.is_set():
-            say(f"{item.name}: interrupted; the same command resumes it")
+            say(f"{item.name}: interrupted; the same command, without --fresh, resumes it")
             return "interrupted"
         lacking = (
             "without an answer" if isinstance(item, Evaluation) else "before its last evaluation"

@@ -150,7 +150,7 @@ class Staging:
             return True
         try:
             self._lock = os.open(self.folder, os.O_RDONLY)
-            _lock(self._lock, self.target, wait)
+            lock(self._lock, self.target, wait)
             # Whoever had it before may have moved it into place or removed it.
             if os.path.samestat(os.fstat(self._lock), self.folder.stat()):
                 return True
@@ -247,7 +247,17 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {found.get(key)} and not {wanted.get(key)}" for key in keys)
 
 
-def _lock(descriptor: int, target: Path, wait: bool) -> None:
+def lock(descriptor: int, target: Path, wait: bool) -> None:
+    """Lock an open file, until it is closed; Windows and some network drives go without.
+
+    Args:
+        descriptor: Of the file.
+        target: What is locked by it, for the message.
+        wait: Whether to wait for another process that has it.
+
+    Raises:
+        DatasetError: If another process has it and there is no waiting.
+    """
     if sys.platform == "win32":
         return
     try:

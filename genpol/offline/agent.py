@@ -168,6 +168,13 @@ class OfflineAgent(DatasetAgent):
             "this agent has no critic; take one of iql, fql, qc, dqc, qgf and fisher_decorator"
         )
 
+    def expected_return(self, observation: Tensor, chunk: Tensor) -> Tensor:
+        """Return what the critics expect of chunks, in the units of returns, ``[..., B]``.
+
+        The arguments and errors are those of :meth:`value`.
+        """
+        return self.value(observation, chunk)
+
     def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
         """Act under this guidance from now on.
 

@@ -130,6 +130,7 @@ def choose_step(
     holdout: float,
     seed: int,
     states: int = 2000,
+    deterministic: bool = True,
 ) -> Choice:
     """Choose the weights of a correction without acting in the environment.
 
@@ -140,7 +141,8 @@ def choose_step(
     not learned from. Where no correction reaches that support, the one that comes closest to it
     among those that the critic bears is taken.
 
-    An agent without a critic is judged by support alone. One that plans chunks of H actions is
+    An agent without a critic is judged by support alone, and so are those that learn from replays
+    and rollouts, whose critics are not asked. One that plans chunks of H actions is
     asked for a chunk of which the first action is corrected, and the change counts H times, since
     every action of the chunk will be corrected. One that is told a goal is told the one that its
     trajectory has achieved in the end.
@@ -153,6 +155,7 @@ def choose_step(
         holdout: Share of trajectories held out from the corrector.
         seed: Seed of the states and of the agent's noise.
         states: How many states at most.
+        deterministic: Whether the agent will act by its mode, and does so here.
 
     Raises:
         ConfigError: If nothing was held out.
@@ -172,7 +175,7 @@ def choose_step(
                 "column 'goal'; give corrector.action_weight and corrector.state_weight"
             )
         goal = column("goal", ends)
-    acting = _Acting.at(agent, observation, goal, seed)
+    acting = _Acting.at(agent, observation, goal, seed, deterministic)
 
     def support(action: Tensor) -> float:
         return float(corrector.score.denoise(observation, action, settings.noise_level)[2].mean())
@@ -255,15 +258,23 @@ class _Acting:
 
     @classmethod
     @torch.no_grad()
-    def at(cls, agent: Agent, observation: Tensor, goal: Tensor | None, seed: int) -> _Acting:
+    def at(
+        cls,
+        agent: Agent,
+        observation: Tensor,
+        goal: Tensor | None,
+        seed: int,
+        deterministic: bool,
+    ) -> _Acting:
         """Let it act in states ``[B, d]``, and perhaps towards goals ``[B, g]``."""
         if not isinstance(agent, OfflineAgent):
-            return cls(agent, None, _mode(agent, observation, seed).unsqueeze(1), None)
+            action = _asked(agent, observation, seed, deterministic)
+            return cls(agent, None, action.unsqueeze(1), None)
         told = observation if goal is None else torch.cat((observation, goal), dim=-1)
         plan = agent.act(told, torch.Generator(observation.device).manual_seed(seed))
         seen = agent.encode(told)
         try:
-            return cls(agent, seen, plan, agent.value(seen, plan))
+            return cls(agent, seen, plan, agent.expected_return(seen, plan))
         except ConfigError:  # it has no critic
             return cls(agent, None, plan, None)
 
@@ -279,12 +290,14 @@ class _Acting:
             return None
         assert isinstance(self.agent, OfflineAgent)
         plan = torch.cat((action.unsqueeze(1), self.plan[:, 1:]), dim=1)
-        change = (self.agent.value(self.seen, plan) - self.value).mean() * plan.shape[1]
+        after = self.agent.expected_return(self.seen, plan)
+        change = (after - self.value).mean() * plan.shape[1]
         return float(change / self.value.abs().mean().clamp_min(1e-12))
 
 
-def _mode(agent: Agent, observation: Tensor, seed: int) -> Tensor:
-    """Return the actions ``[B, A]`` of its mode, in each state as if an episode began there."""
+def _asked(agent: Agent, observation: Tensor, seed: int, deterministic: bool) -> Tensor:
+    """Return its actions ``[B, A]``, in each state as if an episode began there."""
+    kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     policy, size = agent.policy, len(observation)
     began = torch.ones(size, 1, dtype=torch.bool, device=observation.device)
     batch = TensorDict({"observation": observation, "is_init": began}, [size])
@@ -292,7 +305,7 @@ def _mode(agent: Agent, observation: Tensor, seed: int) -> Tensor:
     if isinstance(policy, StatefulPolicy):
         policy.start(seed)
     try:
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
+        with set_exploration_type(kind):
             action: Tensor = policy(batch)["action"]
     finally:
         if isinstance(policy, StatefulPolicy) and kept is not None:

@@ -187,7 +187,7 @@ def curvature_metric(
     time: Tensor,
     damping: float = 0.0,
 ) -> Metric:
-    """Return the metric ``-Hessian of log p_t`` at each noised action (one derivative along it).
+    """Return the metric ``-Hessian of log p_t`` at each noised action, never formed.
 
     It tells the modes of a state apart, which the Fisher matrix averages. Where the density is not
     log-concave the quadratic form is negative, and counted as zero. The trace is the squared size
@@ -208,12 +208,18 @@ def curvature_metric(
     def score(point: Tensor) -> Tensor:
         return action_score(policy, observation, point, time)
 
-    tangent = (signal * displacement).reshape(x.shape)
-    scores, change = torch.func.jvp(score, (x,), (tangent,))  # type: ignore[misc]
+    fixed = displacement.detach()
+    with torch.no_grad():  # neither graph may reach the weights: behaviour is not to bend
+        scores, pull = torch.func.vjp(score, x)  # type: ignore[misc]
+        tangent = (signal * fixed).reshape(x.shape)
+        _, change = torch.func.jvp(score, (x,), (tangent,))  # type: ignore[misc]
+        (pulled,) = pull(fixed)
+    # The value is d^T H d and the gradient (H + H^T) d: a learned field has no symmetric Jacobian.
+    back = signal * pulled.reshape(fixed.shape)
+    curved = (displacement * (change + back)).sum(-1) - (fixed * change).sum(-1)
     size = displacement.square().sum(-1)
-    quadratic = -(displacement * change).sum(-1)
-    trace = scores.detach().square().sum(-1) + damping * displacement.shape[-1]
-    return Metric(quadratic.clamp_min(0.0) + damping * size, trace)
+    trace = scores.square().sum(-1) + damping * displacement.shape[-1]
+    return Metric((-curved).clamp_min(0.0) + damping * size, trace)
 
 
 def euclidean_metric(displacement: Tensor) -> Metric:

@@ -32,6 +32,10 @@ class Training:
         """The command that repeats the run by itself, as the results record it."""
         return shlex.join(["genpol", "train", *self.overrides])
 
+    def command_in(self, root: Path) -> str:
+        """Return the shell's line that trains it in a folder ``root / name``."""
+        return f"{self.command} {shlex.quote(f'output={root / self.name}')}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Training):
@@ -92,7 +96,7 @@ class Evaluation:
         It names no folder that was made before: it is the same on every machine.
         """
         root = Path("repeat")
-        trained = [f"{run.command} output={root / run.name}" for run in self.runs]
+        trained = [run.command_in(root) for run in self.runs]
         return " && ".join([*trained, self.command_in(root)])
 
     def command_in(self, root: Path) -> str:
@@ -123,7 +127,7 @@ class DataSet:
             return [shlex.join(["genpol", "data", "generate", *self.arguments])]
         recorded = _run_in(root, self.training)
         words = shlex.join(self.arguments)
-        return [self.training.command, f"genpol data record {recorded} {words}"]
+        return [self.training.command_in(root), f"genpol data record {recorded} {words}"]
 
 
 def folder_name(label: str, env: str, seed: int) -> str:

@@ -282,3 +282,23 @@ def test_agents_that_learn_online_are_judged_by_support_and_left_as_they_are():
     assert choice.tried[0]["support"] == pytest.approx(
         float(own.clamp(-1, 1).abs().mean()) / 0.6, rel=0.2
     )
+
+
+def test_a_change_is_a_share_of_returns_and_not_of_logits():
+    """Near even odds logits are near zero, and a share of them says nothing."""
+    agent = acting(0.25, value=lambda chunk: -0.01 * chunk.sum((-2, -1)))
+    agent.expected_return = lambda observation, chunk: agent.value(observation, chunk).sigmoid()
+    choice = choose(agent, recorded(0.3))
+    assert choice.settings.action_weight == 1.0
+    assert max(abs(row["value_change"]) for row in choice.tried) < 0.01
+
+
+def test_an_agent_that_will_explore_is_asked_for_what_it_explores():
+    specs = Specs(observation_dim=1, action_dim=1, num_envs=4)
+    settings = agents.settings_class("ppo")()
+    agent = agents.make("ppo", settings, specs, seed=0)
+    by_mode, by_sample = (
+        choose(agent, recorded(0.3), deterministic=mode).tried[0]["support"]
+        for mode in (True, False)
+    )
+    assert by_sample > by_mode + 0.1

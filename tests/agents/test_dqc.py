@@ -307,3 +307,12 @@ def test_more_candidates_keep_those_of_fewer(best_of):
     assert (scores[1] >= scores[0]).all()
     assert (scores[2] >= scores[1]).all()
     assert (scores[2] > scores[0]).any()
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "min"])
+def test_what_it_expects_is_a_probability_and_no_logit(aggregate):
+    agent = make(aggregate=aggregate)
+    seen, chunk = torch.randn(5, WIDTH + 2), torch.randn(5, agent.settings.chunk, ACTIONS)
+    each = agent.partial(seen, chunk).sigmoid()
+    expected = each.mean(0) if aggregate == "mean" else each.amin(0)
+    torch.testing.assert_close(agent.expected_return(seen, chunk), expected)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from genpol.cli import reproduce, reproduce_processes
+from genpol.cli import reproduce, reproduce_folders, reproduce_processes
 from genpol.errors import ConfigError
 from genpol.report import experiment, results
 from genpol.report.results import UNFINISHED
@@ -72,6 +72,28 @@ def test_fresh_runs_anew_and_replaces_the_rows(scene: Scene, earlier: str) -> No
     assert scene.recorded() == [(0, 0.5, COMMAND), (100, 1.5, COMMAND), (200, 2.5, COMMAND)]
 
 
+def test_a_fresh_start_that_was_interrupted_is_resumed_without_fresh(scene: Scene) -> None:
+    scene.run("--seeds", "0")
+    with scene.interrupted_when(lambda: len(scene.recorded()) == 2):
+        assert scene.run("--seeds", "0", "--fresh", trainer="wait") == 130
+    assert [call[0] for call in scene.calls] == ["train"]
+    unfinished = {row.agent: row.command for row in results.rows_of(scene.results)}
+    assert all(command.endswith(UNFINISHED) for command in unfinished.values())
+    assert scene.run("--seeds", "0") == 0
+    assert [call[0] for call in scene.calls] == ["resume", "train"]
+    assert not any(row.command.endswith(UNFINISHED) for row in results.rows_of(scene.results))
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(
+    scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reproduce_folders.claimed(scene.folder / "runs/demo/gorl-HopperStand-s0"):
+        assert scene.run("--seeds", "0", "--continue") == 1
+    assert "another process is writing it; wait for it to end" in capsys.readouterr().err
+    assert [call[2:] for call in scene.calls] == [("total_steps=2", "agent=ppo", "seed=0")]
+    assert scene.run(*ONE) == 0
+
+
 def test_without_a_checkpoint_a_run_starts_afresh(scene: Scene) -> None:
     scene.run(*ONE, trainer="no checkpoint")
     assert scene.run(*ONE) == 0
@@ -112,9 +134,11 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(
     scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert scene.run("--dry-run", "--seeds", "3") == 0
+    runs = scene.folder / "runs/demo"
     assert capsys.readouterr().out.splitlines() == [
-        "genpol train env=HopperStand total_steps=3 agent=gorl seed=3",
-        "genpol train env=HopperStand total_steps=2 agent=ppo seed=3",
+        f"genpol train env=HopperStand total_steps={steps} agent={agent} seed=3 "
+        f"output={runs}/{agent}-HopperStand-s3"
+        for steps, agent in ((3, "gorl"), (2, "ppo"))
     ]
     assert scene.calls == []
     assert not scene.results.exists()

@@ -163,7 +163,8 @@ def test_a_dry_run_tells_how_the_data_are_recorded(
 ) -> None:
     assert scene.run("--dry-run", "--seeds", "0") == 0
     assert capsys.readouterr().out.splitlines()[:2] == [
-        "genpol train env=HopperStand agent=sac steps=9",
+        "genpol train env=HopperStand agent=sac steps=9 "
+        f"output={scene.folder}/runs/demo/data-HopperStand",
         f'genpol data record "$(echo {scene.folder}/runs/demo/data-HopperStand/*/*/*)" episodes=3 '
         f"output={recorded_set}",
     ]

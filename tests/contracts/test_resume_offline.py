@@ -33,6 +33,7 @@ SETTINGS = {
     "dqc": FLOW | {"horizon": 4, "chunk": 2},
     "qgf": FLOW,
     "fisher_decorator": FLOW | {"num_scores": 2, "zero_init": False},
+    "cdsa": SMALL | {"horizon": 1, "normalize_observations": False},
 }
 
 

@@ -216,7 +216,10 @@ def test_goals_must_come_from_the_environment(name, options):
         agents.make(name, settings, Specs(observation_dim=3, action_dim=2, num_envs=1), seed=0)
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "fql" else pytest.param(name, marks=pytest.mark.slow) for name in OFFLINE],
+)
 def test_a_compiled_loss_is_the_loss(name):
     agent, batch = make(name), windows(horizon_of(name))
     draws = agent.draw(BATCH)

@@ -112,7 +112,7 @@ def test_point_mass_is_driven_to_its_goal(point_mass, name, extra):
 @pytest.mark.parametrize(
     "extra",
     [
-        {"surrogate": "r2vpo", "learning_rate": 2e-3},
+        pytest.param({"surrogate": "r2vpo", "learning_rate": 2e-3}, marks=pytest.mark.slow),
         # Nothing brakes a growing ratio below 2, so that the scale would collapse.
         {"surrogate": "mhpo", "target_kl": 0.02},
     ],

@@ -72,12 +72,13 @@ def test_cloning_keeps_both_modes():
     [
         pytest.param("iql", {}, 0.5, marks=pytest.mark.slow),
         ("fql", {"alpha": 0.3}, 0.5),
-        ("qc", {"horizon": 1, "best_of": 8}, 0.55),
+        pytest.param("qc", {"horizon": 1, "best_of": 8}, 0.55, marks=pytest.mark.slow),
         ("qgf", {"horizon": 1, "guidance": GuidanceSettings(weight=1.0)}, 0.3),
-        (
+        pytest.param(
             "fisher_decorator",  # a shift from one mode to the other is dear
             {"budget": 20.0, "multiplier_learning_rate": 1e-2, "metric_rows": 16},
             0.4,
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "qgf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,23 +57,7 @@ def run(arguments: list[str]) -> int:
     if not arguments or "=" in arguments[0]:
         raise ConfigError("no run given; write: genpol eval <run folder>")
     path = Path(arguments[0])
-    options: dict[str, Any] = dict(_OWN)
-    guided: dict[str, str] = {}
-    corrector: str | None = None
-    corrected: dict[str, str] = {}
-    overrides: list[str] = []
-    for text in arguments[1:]:
-        key, separator, value = text.partition("=")
-        if separator and key in _OWN:
-            options[key] = _parse(key, value)
-        elif separator and key.startswith("guidance."):
-            guided[key.removeprefix("guidance.")] = value
-        elif separator and key == "corrector":
-            corrector = value
-        elif separator and key.startswith("corrector."):
-            corrected[key.removeprefix("corrector.")] = value
-        else:
-            overrides.append(text)
+    options, guided, corrected, overrides = _divide(arguments[1:])
 
     from genpol.cli import correction, guidance
     from genpol.cli.runs import load_run
@@ -81,7 +66,7 @@ def run(arguments: list[str]) -> int:
     from genpol.training.evaluation import evaluate
 
     request = guidance.parse(guided)
-    wanted = correction.parse(corrector, corrected)
+    wanted = correction.parse(options["corrector"], corrected)
     trained = load_run(path, overrides)
     agent, make_env = trained.agent, trained.make_env
     critic = None
@@ -132,6 +117,25 @@ def run(arguments: list[str]) -> int:
     if options["video"]:  # last, so that the numbers are out if it cannot be written
         record_video(agent, make_env, Path(options["video"]), derive(seed, "test"))
     return 0
+
+
+def _divide(
+    arguments: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str], list[str]]:
+    """Return the command's own options, those of guidance and of correction, and the rest."""
+    options: dict[str, Any] = {**_OWN, "corrector": None}
+    apart: dict[str, dict[str, str]] = {"guidance": {}, "corrector": {}}
+    overrides: list[str] = []
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        group, dot, name = key.partition(".")
+        if equals and dot and group in apart:
+            apart[group][name] = value
+        elif equals and key in options:
+            options[key] = value if key == "corrector" else _parse(key, value)
+        else:
+            overrides.append(text)
+    return options, apart["guidance"], apart["corrector"], overrides
 
 
 def _statistics(result: Evaluation) -> dict[str, Any]:

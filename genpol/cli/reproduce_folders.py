@@ -7,7 +7,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +106,13 @@ def rows(
     if folder is None:
         return []
     evaluations = list(_evaluations(folder / "evals.csv"))
+    provenance = replace(provenance, commit=_commit_of(folder) or provenance.commit)
+    command = item.command if finished else item.command + UNFINISHED
     return [
-        ResultRow(
-            experiment=item.experiment,
-            agent=item.label,
-            env=item.env,
-            seed=item.seed,
-            env_steps=int(evaluation["env_steps"]),
-            gradient_steps=int(evaluation["gradient_steps"]),
-            metric=metric,
-            value=float(evaluation[column]),
-            episodes=int(evaluation["episodes"]),
-            wall_clock_s=round(float(evaluation["wall_clock_s"]), 1),
-            commit=_commit_of(folder) or provenance.commit,
-            machine=provenance.machine,
-            command=item.command if finished else item.command + UNFINISHED,
-        )
+        _row(item, metric, float(at[column]), int(at["episodes"]), at, provenance, command)
         for metric, column in _METRICS.items()
-        for evaluation in evaluations
-        if evaluation.get(column)
+        for at in evaluations
+        if at.get(column)
     ]
 
 
@@ -141,23 +129,44 @@ def rows_of_evaluation(
         del values["success"]
     *_, last = _evaluations(folder / "evals.csv")
     return [
-        ResultRow(
-            experiment=item.experiment,
-            agent=item.label,
-            env=item.env,
-            seed=item.seed,
-            env_steps=int(last["env_steps"]),
-            gradient_steps=int(last["gradient_steps"]),
-            metric=metric,
-            value=math.nan if value is None else float(value),
-            episodes=int(said["episodes"]),
-            wall_clock_s=round(float(last["wall_clock_s"]), 1),
-            commit=provenance.commit,
-            machine=provenance.machine,
-            command=item.command,
+        _row(
+            item,
+            metric,
+            math.nan if value is None else float(value),
+            int(said["episodes"]),
+            last,
+            provenance,
+            item.command,
         )
         for metric, value in values.items()
     ]
+
+
+def _row(
+    item: Run | Evaluation,
+    metric: str,
+    value: float,
+    episodes: int,
+    at: Mapping[str, str],
+    provenance: Provenance,
+    command: str,
+) -> ResultRow:
+    """Return one result, as of the row ``at`` of the run's ``evals.csv``."""
+    return ResultRow(
+        experiment=item.experiment,
+        agent=item.label,
+        env=item.env,
+        seed=item.seed,
+        env_steps=int(at["env_steps"]),
+        gradient_steps=int(at["gradient_steps"]),
+        metric=metric,
+        value=value,
+        episodes=episodes,
+        wall_clock_s=round(float(at["wall_clock_s"]), 1),
+        commit=provenance.commit,
+        machine=provenance.machine,
+        command=command,
+    )
 
 
 def said_in(file: Path) -> dict[str, Any] | None:

@@ -167,14 +167,8 @@ def choose_step(
     def column(name: str, at: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(dataset.columns[name][at])).to(device)
 
-    observation, theirs, goal = column("observation", rows), column("action", rows), None
-    if getattr(agent, "told_goal", False):
-        if "goal" not in dataset.columns:
-            raise DatasetError(
-                "corrector.select: the agent is told a goal, and the corrector's data have no "
-                "column 'goal'; give corrector.action_weight and corrector.state_weight"
-            )
-        goal = column("goal", ends)
+    observation, theirs = column("observation", rows), column("action", rows)
+    goal = column("goal", ends) if _told_goal(agent, dataset) else None
     acting = _Acting.at(agent, observation, goal, seed, deterministic)
 
     def support(action: Tensor) -> float:
@@ -194,6 +188,17 @@ def choose_step(
         tried.append(row)
     tried.sort(key=lambda row: (row["correction"], row["action_weight"], row["state_weight"]))
     return _choice(tried, settings, support(theirs))
+
+
+def _told_goal(agent: Agent, dataset: OfflineDataset) -> bool:
+    """Return whether the agent is told a goal, which the data must then state."""
+    told = isinstance(agent, OfflineAgent) and agent.told_goal
+    if told and "goal" not in dataset.columns:
+        raise DatasetError(
+            "corrector.select: the agent is told a goal, and the corrector's data have no column "
+            "'goal'; give corrector.action_weight and corrector.state_weight"
+        )
+    return told
 
 
 def _choice(

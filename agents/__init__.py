@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 # Each module defines ``Settings`` and an agent class named by its ``AGENT``.
 _NAMES = (
     "bc",
+    "best_of_n",
     "bpo",
     "cdsa",
     "dppo",
     "dqc",
+    "dsrl",
     "fisher_decorator",
     "fpo",
     "fql",
@@ -30,9 +32,11 @@ _NAMES = (
     "mdpo",
     "mdpo_off_policy",
     "npg_igt",
+    "ogpo",
     "ppo",
     "qc",
     "qgf",
+    "residual",
     "sac",
 )
 
@@ -49,6 +53,23 @@ def settings_class(name: str) -> type:
         ConfigError: If there is no such agent.
     """
     return _module(name).Settings
+
+
+def agent_class(name: str) -> type[Agent]:
+    """Return the class of agent ``name``.
+
+    Raises:
+        ConfigError: If there is no such agent.
+    """
+    found: type[Agent] = _module(name).AGENT
+    return found
+
+
+def holders() -> list[str]:
+    """Return the names of the agents that begin from a policy folder; this imports them all."""
+    from genpol.pretrained import PolicyHolder
+
+    return [name for name in _NAMES if issubclass(agent_class(name), PolicyHolder)]
 
 
 def make(name: str, settings: Any, specs: Specs, *, device: str = "cpu", seed: int) -> Agent:

@@ -25,10 +25,14 @@ from genpol.agent import Specs
 from genpol.data.goals import GoalSettings
 from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
+from genpol.nn.normalizer import RunningNormalizer
 from genpol.offline import Draws, OfflineAgent, Windows, make_denoiser
 from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks
 from genpol.offline.settings import FlowSettings
+from genpol.policies.diffusion import DiffusionPolicy
+from genpol.policies.flow import FlowPolicy
 from genpol.policies.guidance import ClassifierFreePolicy, GuidanceSettings, Value
+from genpol.pretrained import PolicyHolder
 
 
 def _future_goals() -> GoalSettings:
@@ -60,7 +64,7 @@ class Settings(FlowSettings):
             )
 
 
-class BC(OfflineAgent):
+class BC(OfflineAgent, PolicyHolder):
     """A generative model of the actions in the data.
 
     Args:
@@ -93,6 +97,18 @@ class BC(OfflineAgent):
         width = specs.observation_dim + (goal_dim + 1 if goal_dim else 0)
         self.flow = make_denoiser(width, specs.action_dim, settings, self.generator)
         self.begin(plan_steps=settings.horizon, goal=goal_dim > 0)
+
+    @property
+    def behaviour(self) -> FlowPolicy | DiffusionPolicy:
+        """See :class:`~genpol.pretrained.PolicyHolder`; a goal would be part of the observation."""
+        if self._goal_dim:
+            raise ConfigError("a goal-conditioned policy cannot go on as another agent's")
+        return self.flow
+
+    @property
+    def observation_normalizer(self) -> RunningNormalizer:
+        """See :class:`~genpol.pretrained.PolicyHolder`."""
+        return self.normalizer
 
     def draw(self, rows: int) -> Draws:
         """See :class:`~genpol.offline.OfflineAgent`."""

@@ -29,7 +29,7 @@ from genpol import settings as check
 from genpol.agent import Specs
 from genpol.errors import ConfigError
 from genpol.on_policy import DenoisingAgent, DenoisingSettings, Evaluation, Likelihood, Rows
-from genpol.on_policy.denoising import chain_transitions
+from genpol.policies.chain import Chain, ChainSettings
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.gaussian import log_prob
@@ -90,6 +90,7 @@ class ChainLikelihood(Likelihood):
     def __init__(self, actor: FlowPolicy | DiffusionPolicy, settings: Settings) -> None:
         self.actor = actor
         self.settings = settings
+        self.chain = make_chain(actor, settings)
         steps = torch.arange(actor.num_steps)
         self._weight = settings.denoising_discount ** (actor.num_steps - 1 - steps)
         self._clip = clip_schedule(actor.num_steps, settings.clip_base, settings.clip)
@@ -120,7 +121,7 @@ class ChainLikelihood(Likelihood):
 
     def _transitions(self, actor: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
         assert isinstance(actor, FlowPolicy | DiffusionPolicy)
-        return chain_transitions(actor, rows["observation_raw"], rows["chain"], self.settings.sigma)
+        return self.chain.transitions(actor, rows["observation_raw"], rows["chain"])
 
     def _density(self, rows: Rows, mean: Tensor, std: Tensor) -> Tensor:
         density = log_prob(mean, std, rows["chain"][..., 1:, :])
@@ -142,20 +143,32 @@ def clip_schedule(num_steps: int, base: float, top: float) -> Tensor:
     return base + (top - base) * torch.expm1(3.0 * share) / math.expm1(3.0)
 
 
+def make_chain(actor: FlowPolicy | DiffusionPolicy, settings: Settings) -> Chain:
+    """Return the actor's chain with the same noise in every step, and no correction for it."""
+    noise = ChainSettings(
+        sigma=settings.sigma,
+        schedule="constant",
+        correction="none",
+        clip=0.0,
+        noise_clip=settings.noise_clip,
+    )
+    return Chain(actor, noise)
+
+
 class DPPO(DenoisingAgent):
     """PPO through the denoising chain."""
 
     def __init__(self, settings: Settings, specs: Specs, *, device: str, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         actor = _make_actor(settings, specs, generator)
+        likelihood = ChainLikelihood(actor, settings)
         super().__init__(
             settings,
             specs,
             actor=actor,
-            likelihood=ChainLikelihood(actor, settings),
+            likelihood=likelihood,
             generator=generator,
-            sigma=settings.sigma,
-            noise_clip=settings.noise_clip,
+            chain=likelihood.chain,
         )
 
 

@@ -51,8 +51,8 @@ from genpol.agent import Specs
 from genpol.errors import ConfigError
 from genpol.nn.optimizer import GuardedOptimizer
 from genpol.objectives.actor_critic import temperature_loss
-from genpol.offline.agent import Draws, Windows
 from genpol.offline.behaviour import draw_noise, sample_chunks
+from genpol.offline.chunk_agent import Draws, Windows
 from genpol.offline.flow_critic import FlowCriticAgent, FlowCriticSettings
 from genpol.offline.networks import ChunkNetwork
 from genpol.policies.flow import FlowPolicy

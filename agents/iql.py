@@ -21,7 +21,7 @@ from torch import Tensor
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.objectives.value_learning import advantage_weight
-from genpol.offline.agent import Draws, Windows
+from genpol.offline.chunk_agent import Draws, Windows
 from genpol.offline.implicit_q import ImplicitQAgent, ImplicitQSettings
 from genpol.offline.networks import ChunkNetwork
 

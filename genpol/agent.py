@@ -31,6 +31,7 @@ class Specs:
             that the state has achieved under `achieved_goal`; 0 for none.
         group_size: Neighbouring environments that set out from one state together; 1 for none.
         group_steps: Actions after which they do so again.
+        tells_success: Whether every step says under `success` whether the task is solved.
         action_repeat: Environment steps for which each action is held. Budgets and schedules in
             settings count environment steps; a batch holds one row per action.
     """
@@ -43,6 +44,7 @@ class Specs:
     goal_dim: int = 0
     group_size: int = 1
     group_steps: int = 0
+    tells_success: bool = False
 
     @classmethod
     def from_env(cls, env: EnvBase, *, num_envs: int) -> Specs:
@@ -57,6 +59,7 @@ class Specs:
             num_rewards=env.reward_spec.shape[-1],
             group_size=getattr(env, "group_size", 1),
             group_steps=getattr(env, "group_steps", 0),
+            tells_success=env.observation_spec.get("success", None) is not None,
         )
 
     def require_groups(self, rollout_steps: int) -> None:
@@ -115,6 +118,14 @@ class Agent(nn.Module, ABC):
     generator: torch.Generator
     gradient_steps: int
     specs: Specs
+
+    def check_ready(self) -> None:
+        """Refuse to start a run that lacks what only ``init=`` gives; most agents need nothing.
+
+        Raises:
+            ConfigError: With what is missing.
+        """
+        return
 
     @abstractmethod
     def update(self, batch: TensorDict) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ _LISTS = {group: plural for plural, group in GROUPS.items()}
 # Settings that make an environment another one.
 _IDENTITY = (
     *("env.name", "env.id", "env.domain", "env.task"),
-    *("env.goal_conditioned", "env.success_timing"),
+    *("env.goal_conditioned", "env.success_timing", "env.reward"),
 )
 _OPTIONAL_GROUPS = ("recipe",)
 _NONE = ("none", "null", "None", "")
@@ -50,12 +50,24 @@ _EXPECTED = {
 }
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+def chosen_agent(overrides: Sequence[str]) -> str:
+    """Return the agent that overrides choose, themselves or by the default.
+
+    Raises:
+        ConfigError: As :func:`compose` does.
+    """
+    name: str = compose([x for x in overrides if not x.startswith("agent.")]).choices.agent
+    return name
+
+
+def compose(overrides: Sequence[str], *, model: Mapping[str, Any] | None = None) -> DictConfig:
     """Compose one run's configuration, typed by :class:`TrainSettings`.
 
     Args:
         overrides: As on the command line: ``env=HopperStand``, ``agent.learning_rate=1e-3``,
             ``recipe=none``. Whole numbers may be written ``2e6`` or ``2_000_000``.
+        model: Settings of the agent that a pretrained policy comes with, and which are not to be
+            changed.
 
     Raises:
         ConfigError: In one line, naming the override, the field or the file that is wrong.
@@ -66,10 +78,26 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     register_schemas()
     config = _compose_groups(chosen)
     _apply_run_defaults(config)
+    for name, value in (model or {}).items():
+        _assign(config, f"agent.{name}", value)
     for item in parsed:
         if item.key_or_group not in _NOUNS:
             _assign(config, item.key_or_group, item.value())
+    for name, value in (model or {}).items():
+        _insist(config, f"agent.{name}", value)
     return config
+
+
+def _insist(config: DictConfig, key: str, value: Any) -> None:
+    """Refuse a setting that contradicts the policy that the run begins from."""
+    if isinstance(value, Mapping):
+        for name, nested in value.items():
+            _insist(config, f"{key}.{name}", nested)
+    elif (found := OmegaConf.select(config, key)) != value:
+        raise ConfigError(
+            f"{key} = {found}: the policy of init has {value}; leave it out, for the policy's "
+            "settings are taken over"
+        )
 
 
 def _apply_run_defaults(config: DictConfig) -> None:

@@ -27,6 +27,7 @@ examples:
 _SIMULATORS = {
     "mujoco": "native",
     "ogbench": "OGBench",
+    "metaworld": "Meta-World",
     "gym": "others",
     "dm_control": "others",
 }
@@ -68,7 +69,7 @@ def describe(group: str, name: str) -> str:
     An agent is described by the first line of its module, anything else by the first comment of its
     file. Both are read, not run: neither torch nor any algorithm is imported.
     """
-    module = _package_folder("genpol.agents") / f"{name}.py"
+    module = package_folder("genpol.agents") / f"{name}.py"
     if group == "agent" and module.is_file():
         docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
         if docstring:
@@ -78,7 +79,7 @@ def describe(group: str, name: str) -> str:
 
 def config_folder() -> Path:
     """Return the folder of the configurations that genpol was installed with."""
-    return _package_folder("genpol.configs")
+    return package_folder("genpol.configs")
 
 
 def _first_comment(file: Path) -> str:
@@ -102,7 +103,8 @@ def _by_simulator(rows: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return sections
 
 
-def _package_folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
+    """Return the folder of an installed package."""
     # find_spec locates a package without running it, also where an editable install maps it.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

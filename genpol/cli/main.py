@@ -24,6 +24,7 @@ COMMANDS = {
     "reproduce": "genpol.cli.reproduce",
     "report": "genpol.cli.report",
     "data": "genpol.cli.data",
+    "policies": "genpol.cli.policies",
     "info": "genpol.cli.info",
     "list": "genpol.cli.list",
 }

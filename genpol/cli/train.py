@@ -25,7 +25,8 @@ usage: genpol train env=<name> [agent=<name>] [data=<data set>] [key=value ...]
 Trains an agent (gorl by default) and leaves a run folder
 runs/<env>/<agent>/<time>-s<seed>/ with config.yaml, metrics.csv, evals.csv, checkpoints,
 TensorBoard events, learning_curve.png and videos/final.mp4. With init=<run folder> the weights
-are those of a trained run; everything else starts afresh.
+are those of a trained run of the same agent; with init=<policy folder>, or a run of another, the
+agents that finetune begin from its flow or diffusion model. Everything else starts afresh.
 
 Agents that learn from data (bc, iql, fql, qc, dqc, qgf, fisher_decorator, cdsa) need data=<data
 set>, in any format that `genpol data` reads. total_steps are then updates, after which
@@ -35,6 +36,7 @@ examples:
   genpol train env=HopperStand
   genpol train env=WalkerWalk agent=ppo seed=1 total_steps=5e6
   genpol train env=cube-single-play env.task=1 agent=fql data=cube-single-play-v0.npz
+  genpol train env=cube-single-play env.task=1 agent=ogpo init=runs/cube-single-play/bc/<run>
   genpol train env=gym env.id=Pendulum-v1 num_envs=4 agent=ppo
   genpol train resume=runs/HopperStand/gorl/20261122-101500-s0
 
@@ -45,32 +47,33 @@ Ctrl-C and SIGTERM write a checkpoint and exit; SIGUSR1 writes one and goes on.
 
 def run(arguments: list[str]) -> int:
     """Train as the overrides say; return 0, or 130 or 143 if a signal stopped the run."""
-    from genpol.cli import configuration
-
     resume = _value_of("resume", arguments)
     if resume is None:
-        config = configuration.compose(arguments)
-        settings = configuration.to_settings(config)
-        return _train(settings, config, arguments)
+        return _train(arguments)
     for key in ("init", "output"):
         if _value_of(key, arguments) is not None:
             raise ConfigError(f"{key}= and resume= exclude each other: a run goes on where it lies")
     return _resume(Path(resume), [text for text in arguments if not text.startswith("resume=")])
 
 
-def _train(settings: TrainSettings, config: Any, arguments: Sequence[str]) -> int:
+def _train(arguments: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
+    from genpol.cli import configuration, initial
     from genpol.envs import label
-    from genpol.training import checkpoint
-    from genpol.training.loop import Training, load_weights
+    from genpol.training.loop import Training
     from genpol.training.run import Run
 
+    start = None
+    if (init := _value_of("init", arguments)) is not None:
+        start = initial.find(init, configuration.chosen_agent(arguments))
+    config = configuration.compose(arguments, model=start.settings() if start else None)
+    settings = configuration.to_settings(config)
     agent, make_env = build(settings)
     dataset = open_data(settings, agent)
-    if settings.init is not None:
-        found = checkpoint.resolve(Path(settings.init))
-        load_weights(agent, checkpoint.load(found)["weights"], found)
+    if start is not None:
+        start.give(agent, make_env)
+    agent.check_ready()
     run = Run.create(
         Path(settings.output),
         label(settings.env),

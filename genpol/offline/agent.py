@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from genpol.agent import DatasetAgent, Specs
+from genpol.agent import DatasetAgent
 from genpol.data.dataset import OfflineDataset
-from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
 from genpol.nn.compiling import compiled
-from genpol.nn.normalizer import RunningNormalizer
 from genpol.nn.optimizer import GuardedOptimizer
 from genpol.offline.behaviour import draw_noise
-from genpol.offline.policy import PlanningPolicy
-from genpol.offline.settings import OfflineSettings
+from genpol.offline.chunk_agent import ChunkAgent, Draws, Windows
 from genpol.policies.guidance import GuidanceSettings
-from genpol.seeding import derive
-
-Windows = Mapping[Any, Tensor]
-"""A batch of windows by key, that of the next observation being ``("next", "observation")``."""
-
-Draws = Mapping[str, Tensor]
-"""Random numbers by name."""
 
 
-class OfflineAgent(DatasetAgent):
+class OfflineAgent(ChunkAgent, DatasetAgent):
     """Adam on the sum of an agent's losses, and averaged copies of some of its networks.
 
     Losses that share no parameters are learned as if each had an optimiser of its own, because Adam
@@ -40,47 +30,16 @@ class OfflineAgent(DatasetAgent):
     What is random is an argument of :meth:`loss` and :meth:`plan`, which are functions of tensors
     and can be compiled.
 
-    A subclass makes its networks and calls :meth:`begin` at the end of its constructor.
+    A subclass makes its networks and calls :meth:`begin` at the end of its constructor. The
+    arguments are those of :class:`~genpol.offline.chunk_agent.ChunkAgent`.
 
     Attributes:
-        normalizer: Of observations; the identity unless the settings say otherwise.
         guidance: How a critic bends the samples of the policy, where it can.
         takes_guidance: Whether it can: whether the policy's actions are samples of its model.
-        plan_steps: Actions H of a plan, and of the chunks that the critics value.
-        told_goal: Whether a goal stands behind the observation.
-
-    Args:
-        settings: Hyper-parameters.
-        specs: Sizes of the environment.
-        window: What is learned from.
-        device: Where the networks live.
-        seed: Seed of weights and noise.
     """
 
-    def __init__(
-        self,
-        settings: OfflineSettings,
-        specs: Specs,
-        *,
-        window: WindowSpec,
-        device: str,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.specs = specs
-        self.window = window
-        self.batch_size = settings.batch_size
-        self.replay_capacity = settings.replay_capacity
-        self.frames_per_batch = specs.num_envs
-        self.gradient_steps = 0
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.normalizer = RunningNormalizer(specs.observation_dim)
-        self.guidance = GuidanceSettings()
-        self.takes_guidance = False
-        self._env_steps = 0
-        self._updates_owed = 0.0
-        self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
+    guidance = GuidanceSettings()
+    takes_guidance = False
 
     def begin(
         self, *, plan_steps: int, goal: bool = False, apart: Sequence[nn.Parameter] = ()
@@ -92,10 +51,8 @@ class OfflineAgent(DatasetAgent):
             goal: Whether the policy is told the environment's goal.
             apart: Parameters that the agent trains in another way.
         """
-        self.to(self.generator.device)
+        self.place(plan_steps=plan_steps, goal=goal)
         settings = self.settings
-        self.plan_steps = plan_steps
-        self.told_goal = goal
         self._compiled = compiled(self.loss, name="agent.compile") if settings.compile else None
         self._optimizer = GuardedOptimizer(
             [x for x in self.parameters() if x.requires_grad and not any(x is y for y in apart)],
@@ -103,12 +60,6 @@ class OfflineAgent(DatasetAgent):
             max_grad_norm=settings.max_grad_norm,
             eps=1e-8,
             patience=settings.nonfinite_patience,
-        )
-        self.policy = PlanningPolicy(
-            self,
-            action_steps=settings.action_steps or plan_steps,
-            goal=goal,
-            generator=self._acting,
         )
 
     @abstractmethod
@@ -143,38 +94,6 @@ class OfflineAgent(DatasetAgent):
         """Return :meth:`plan` for raw observations."""
         return self.plan(self.encode(observation), self.plan_noise(len(observation), generator))
 
-    def encode(self, observation: Tensor) -> Tensor:
-        """Standardise raw observations ``[..., d]``; what stands behind them is left as it is."""
-        width = self.specs.observation_dim
-        if not self.settings.normalize_observations:
-            return observation
-        state: Tensor = self.normalizer(observation[..., :width])
-        return torch.cat((state, observation[..., width:]), dim=-1)
-
-    def value(self, observation: Tensor, chunk: Tensor) -> Tensor:
-        """Return what this agent's critics think of chunks.
-
-        Args:
-            observation: As the networks see it, ``[B, d]``.
-            chunk: ``[..., B, H, A]``.
-
-        Returns:
-            Values, or logits that rank alike, ``[..., B]``.
-
-        Raises:
-            ConfigError: If it has no critics.
-        """
-        raise ConfigError(
-            "this agent has no critic; take one of iql, fql, qc, dqc, qgf and fisher_decorator"
-        )
-
-    def expected_return(self, observation: Tensor, chunk: Tensor) -> Tensor:
-        """Return what the critics expect of chunks, in the units of returns, ``[..., B]``.
-
-        The arguments and errors are those of :meth:`value`.
-        """
-        return self.value(observation, chunk)
-
     def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
         """Act under this guidance from now on.
 
@@ -207,21 +126,9 @@ class OfflineAgent(DatasetAgent):
                 rows = torch.tensor(column[start : start + 100_000], device=device)
                 self.normalizer.update(rows)
 
-    def observe(self, rollout: TensorDict) -> int:
-        """Take note of what was collected; return the updates that it calls for."""
-        steps = rollout.numel() * self.specs.action_repeat
-        self._env_steps += steps
-        if self._env_steps <= self.settings.online_warmup_steps:
-            return 0
-        self._updates_owed += rollout.numel() * self.settings.updates_per_step
-        updates = int(self._updates_owed)
-        self._updates_owed -= updates
-        return updates
-
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Take one step on windows ``[B]``."""
-        batch = batch.to(self.generator.device)
-        windows = dict(batch.items(include_nested=True, leaves_only=True))
+        windows = self.windows(batch)
         loss, metrics = (self._compiled or self.loss)(windows, self.draw(len(batch)))
         with torch.no_grad():
             for slow, live, share in self.averages():
@@ -232,21 +139,10 @@ class OfflineAgent(DatasetAgent):
         return metrics | {"loss": loss.detach()}
 
     def training_state(self) -> dict[str, Any]:
-        """Return optimiser, counters, generators, and the plans that are being carried out."""
-        return {
-            "optimizer": self._optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "gradient_steps": self.gradient_steps,
-            "env_steps": self._env_steps,
-            "updates_owed": self._updates_owed,
-            "acting": self.policy.acting_state(),
-        }
+        """Return the optimiser's state, and what :class:`ChunkAgent` has."""
+        return super().training_state() | {"optimizer": self._optimizer.state_dict()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`training_state` returned."""
+        super().load_training_state(state)
         self._optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.gradient_steps = state["gradient_steps"]
-        self._env_steps = state["env_steps"]
-        self._updates_owed = state["updates_owed"]
-        self.policy.load_acting_state(state["acting"])

@@ -41,8 +41,8 @@ def imitation_loss(
     chunk, valid = chunk[:, :horizon], valid[:, :horizon].float()
     return policy.bc_loss(
         observation,
-        _own(chunk, horizon),
-        _own(draws["imitation"], horizon),
+        own_chunk(chunk, horizon),
+        own_chunk(draws["imitation"], horizon),
         draws["time"],
         weight=valid if horizon > 1 else valid.squeeze(-1),
     )
@@ -80,10 +80,12 @@ def sample_chunks(
     if value is not None and guidance is not None and guidance.weight > 0:
 
         def valued(state: Tensor, action: Tensor) -> Tensor:
-            return value(state, _chunk(action, horizon))
+            return value(state, as_chunk(action, horizon))
 
         sampler = GuidedPolicy(policy, valued, weight=guidance.weight, estimator=guidance.estimator)
-    chunks = _chunk(sampler.sample(observation, _own(noise, horizon)), horizon).clamp(-1.0, 1.0)
+    chunks = as_chunk(sampler.sample(observation, own_chunk(noise, horizon)), horizon).clamp(
+        -1.0, 1.0
+    )
     if value is None or noise.ndim == _CHUNK_DIMS:
         return chunks
     return best_of(chunks, value(observation, chunks))
@@ -95,10 +97,11 @@ def draw_noise(shape: Sequence[int], number: int, generator: torch.Generator) ->
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-def _own(chunk: Tensor, horizon: int) -> Tensor:
+def own_chunk(chunk: Tensor, horizon: int) -> Tensor:
     """Return what the policy takes: without the dimension of a horizon of one."""
     return chunk if horizon > 1 else chunk.squeeze(-2)
 
 
-def _chunk(action: Tensor, horizon: int) -> Tensor:
+def as_chunk(action: Tensor, horizon: int) -> Tensor:
+    """Return a policy's actions as chunks ``[..., H, A]``, also where H is 1."""
     return action if horizon > 1 else action.unsqueeze(-2)

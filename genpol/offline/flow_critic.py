@@ -22,8 +22,9 @@ from genpol import settings as check
 from genpol.agent import Specs
 from genpol.data.windows import WindowSpec
 from genpol.objectives.value_learning import AGGREGATES, aggregate, critic_loss
-from genpol.offline.agent import Draws, OfflineAgent, Windows
+from genpol.offline.agent import OfflineAgent
 from genpol.offline.behaviour import draw_imitation, imitation_loss
+from genpol.offline.chunk_agent import Draws, Windows
 from genpol.offline.networks import Critic, make_denoiser
 from genpol.offline.settings import FlowSettings
 

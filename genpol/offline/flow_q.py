@@ -17,8 +17,8 @@ from torch import Tensor
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.objectives.value_learning import flow_q_loss
-from genpol.offline.agent import Draws, Windows
 from genpol.offline.behaviour import sample_chunks
+from genpol.offline.chunk_agent import Draws, Windows
 from genpol.offline.flow_critic import FlowCriticAgent, FlowCriticSettings
 from genpol.offline.networks import ChunkNetwork
 from genpol.policies.guidance import GuidanceSettings

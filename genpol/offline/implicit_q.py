@@ -17,7 +17,8 @@ from genpol import settings as check
 from genpol.agent import Specs
 from genpol.data.windows import WindowSpec
 from genpol.objectives.value_learning import AGGREGATES, aggregate, critic_loss, expectile_loss
-from genpol.offline.agent import OfflineAgent, Windows
+from genpol.offline.agent import OfflineAgent
+from genpol.offline.chunk_agent import Windows
 from genpol.offline.networks import Critic, StateValue
 from genpol.offline.settings import OfflineSettings
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
 from torchrl.envs import ExplorationType, exploration_type
 
 from genpol import settings as check
@@ -16,6 +15,7 @@ from genpol.on_policy.actors import ActorCritic
 from genpol.on_policy.agent import OnPolicyAgent
 from genpol.on_policy.likelihood import Likelihood
 from genpol.on_policy.settings import OnPolicySettings
+from genpol.policies.chain import Chain
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 
@@ -48,9 +48,8 @@ class DenoisingPolicy(TensorDictModuleBase):
     Args:
         actor_critic: See above.
         generator: Source of the noise.
-        sigma: Standard deviations of the chain's K steps, which is then written as ``chain``
-            ``[..., K + 1, A]``; ``None`` for a deterministic solver.
-        noise_clip: Bound on the absolute draws of the chain's steps.
+        chain: The noise of the steps; they are then written as ``chain`` ``[..., K + 1, A]``.
+            ``None`` for a deterministic solver.
     """
 
     def __init__(
@@ -58,16 +57,14 @@ class DenoisingPolicy(TensorDictModuleBase):
         actor_critic: ActorCritic,
         *,
         generator: torch.Generator,
-        sigma: float | None = None,
-        noise_clip: float = 3.0,
+        chain: Chain | None = None,
     ) -> None:
         super().__init__()
         self.in_keys = ["observation"]
-        self.out_keys = [*(() if sigma is None else ("chain",)), "decoded", "action"]
+        self.out_keys = [*(() if chain is None else ("chain",)), "decoded", "action"]
         self.actor_critic = actor_critic
         self._generator = generator
-        self._sigma = sigma
-        self._noise_clip = noise_clip
+        self._chain = chain
 
     @property
     def actor(self) -> FlowPolicy | DiffusionPolicy:
@@ -80,52 +77,21 @@ class DenoisingPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action, the action before the squash and, with ``sigma``, the chain."""
         observation, actor = tensordict["observation"], self.actor
-        shape = (*observation.shape[:-1], *actor.action_shape)
-        noise = self._draw(shape, observation)
-        if self._sigma is None:
+        leading = observation.shape[:-1]
+        explore = exploration_type() in (ExplorationType.RANDOM, None)
+        if self._chain is None:
+            noise = observation.new_zeros((*leading, *actor.action_shape))
+            if explore:
+                noise.normal_(generator=self._generator)
             decoded = actor.sample(observation, noise)
         else:
-            steps = self._draw((*shape[:-1], actor.num_steps, shape[-1]), observation)
-            steps = steps.clamp(-self._noise_clip, self._noise_clip)
-            chain = sample_chain(actor, observation, noise, steps, self._sigma)
+            noise, steps = self._chain.draw(leading, self._generator, explore=explore)
+            chain = self._chain.sample(actor, observation, noise, steps)
             tensordict.set("chain", chain)
             decoded = chain[..., -1, :]
         tensordict.set("decoded", decoded)
         tensordict.set("action", torch.tanh(decoded))
         return tensordict
-
-    def _draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        if exploration_type() in (ExplorationType.RANDOM, None):
-            return torch.empty(shape, device=like.device).normal_(generator=self._generator)
-        return torch.zeros(shape, device=like.device)
-
-
-def sample_chain(
-    actor: FlowPolicy | DiffusionPolicy,
-    observation: Tensor,
-    noise: Tensor,
-    step_noise: Tensor,
-    sigma: float,
-) -> Tensor:
-    """Return the chain ``[..., K + 1, A]`` with standard deviation ``sigma`` in every step.
-
-    A flow's steps have exactly that and no correction of the drift; a diffusion model's have their
-    own, and ``sigma`` as a floor (DPPO, arXiv 2409.00588).
-    """
-    if isinstance(actor, FlowPolicy):
-        sigmas = [sigma] * actor.num_steps
-        return actor.chain(observation, noise, step_noise, sigmas, correction="none")
-    return actor.chain(observation, noise, step_noise, sigma)
-
-
-def chain_transitions(
-    actor: FlowPolicy | DiffusionPolicy, observation: Tensor, chain: Tensor, sigma: float
-) -> tuple[Tensor, Tensor]:
-    """Return means ``[..., K, A]`` and standard deviations ``[K, 1]`` of the chain's steps."""
-    if isinstance(actor, FlowPolicy):
-        sigmas = [sigma] * actor.num_steps
-        return actor.chain_transitions(observation, chain, sigmas, correction="none")
-    return actor.chain_transitions(observation, chain, sigma)
 
 
 class DenoisingAgent(OnPolicyAgent):
@@ -137,8 +103,7 @@ class DenoisingAgent(OnPolicyAgent):
         actor: The generative model.
         likelihood: Of what it did.
         generator: Source of weights, exploration and minibatches.
-        sigma: See :class:`DenoisingPolicy`.
-        noise_clip: See :class:`DenoisingPolicy`.
+        chain: See :class:`DenoisingPolicy`.
     """
 
     def __init__(
@@ -149,8 +114,7 @@ class DenoisingAgent(OnPolicyAgent):
         actor: FlowPolicy | DiffusionPolicy,
         likelihood: Likelihood,
         generator: torch.Generator,
-        sigma: float | None = None,
-        noise_clip: float = 3.0,
+        chain: Chain | None = None,
     ) -> None:
         actor_critic = ActorCritic(
             actor,
@@ -163,9 +127,7 @@ class DenoisingAgent(OnPolicyAgent):
             settings,
             specs,
             actor_critic=actor_critic,
-            policy=DenoisingPolicy(
-                actor_critic, generator=generator, sigma=sigma, noise_clip=noise_clip
-            ),
+            policy=DenoisingPolicy(actor_critic, generator=generator, chain=chain),
             likelihood=likelihood,
             generator=generator,
         )

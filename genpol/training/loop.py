@@ -412,10 +412,11 @@ def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:
 
 
 def _average(history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of every metric over some updates; nothing of none."""
+    """Return the mean of every metric over the updates that tell it; nothing of none."""
+    names = dict.fromkeys(name for metrics in history for name in metrics)
     return {
-        name: torch.stack([metrics[name] for metrics in history]).mean()
-        for name in (history[-1] if history else ())
+        name: torch.stack([metrics[name] for metrics in history if name in metrics]).mean()
+        for name in names
     }
 
 

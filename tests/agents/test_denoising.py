@@ -16,7 +16,6 @@ from genpol.agents.dppo import Settings as DPPOSettings
 from genpol.agents.fpo import FlowMatchingLikelihood
 from genpol.agents.fpo import Settings as FPOSettings
 from genpol.errors import ConfigError
-from genpol.on_policy.denoising import chain_transitions
 
 ENVS, STEPS = 8, 6
 SPECS = Specs(observation_dim=3, action_dim=2, num_envs=ENVS)
@@ -150,15 +149,21 @@ def test_a_flow_has_no_divergence_for_mirror_descent():
 def test_the_noise_of_each_step_can_be_read_off_the_chain(denoiser):
     agent = make("dppo", denoiser=denoiser, sigma=0.1)
     drawn = []
-    draw = agent.policy._draw
-    agent.policy._draw = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+    chain = agent.policy._chain
+    draw = chain.draw
+    chain.draw = lambda *args, **options: drawn.append(draw(*args, **options)) or drawn[-1]
     batch = rollout(agent)
-    actor = agent.learner.actor_critic.actor
-    mean, std = chain_transitions(actor, batch["observation"], batch["chain"], 0.1)
+    mean, std = transitions(agent, batch)
     recovered = (batch["chain"][..., 1:, :] - mean) / std
-    torch.testing.assert_close(recovered, drawn[1].clamp(-3, 3), atol=1e-4, rtol=1e-4)
-    assert torch.equal(batch["chain"][..., 0, :], drawn[0])
+    start, steps = drawn[-1]
+    torch.testing.assert_close(recovered, steps, atol=1e-4, rtol=1e-4)
+    assert torch.equal(batch["chain"][..., 0, :], start)
     assert std.min() >= 0.1 - 1e-6
+
+
+def transitions(agent, batch):
+    actor = agent.learner.actor_critic.actor
+    return agent.policy._chain.transitions(actor, batch["observation"], batch["chain"])
 
 
 def densities(agent, batch, **settings):
@@ -178,8 +183,7 @@ def test_the_ratio_of_a_path_is_the_product_of_those_of_its_steps():
 def test_the_density_of_a_step_is_that_of_its_noise():
     agent = make("dppo")
     batch = rollout(agent)
-    actor = agent.learner.actor_critic.actor
-    mean, _ = chain_transitions(actor, batch["observation"], batch["chain"], 0.05)
+    mean, _ = transitions(agent, batch)
     noise = (batch["chain"][..., 1:, :] - mean) / 0.05
     expected = -0.5 * noise.square().sum(-1) - 2 * (math.log(0.05) + 0.5 * math.log(2 * math.pi))
     torch.testing.assert_close(densities(agent, batch), expected)

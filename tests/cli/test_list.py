@@ -25,7 +25,7 @@ def test_package_line_is_no_description() -> None:
 
 def test_agent_is_described_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sac.py").write_text('"""Soft actor-critic.\n\nMore."""\nraise SystemExit\n')
-    monkeypatch.setattr(listing, "_package_folder", lambda package: tmp_path)
+    monkeypatch.setattr(listing, "package_folder", lambda package: tmp_path)
     assert listing.describe("agent", "sac") == "Soft actor-critic."
 
 

@@ -11,6 +11,7 @@ import torch
 from genpol import agents
 from genpol.agent import Specs
 from genpol.errors import CheckpointError, NonFiniteError
+from genpol.offline.settings import NetworkSettings
 from genpol.on_policy.credit import RiskSettings
 from genpol.on_policy.masks import CAPOSettings
 from genpol.on_policy.pipo import PIPOSettings
@@ -51,7 +52,24 @@ ONE_GRADIENT = {
     "critic_hidden": [16],
 }
 DENOISING = {name: x for name, x in SMALL.items() if name != "noise_correlation"}
+FINETUNING = {
+    "horizon": 3,
+    "action_steps": 2,
+    "solver_steps": 2,
+    "batch_size": 16,
+    "num_critics": 2,
+    "online_warmup_steps": 200,
+    "updates_per_step": 0.1,
+    "replay_capacity": 500,
+    "actor": NetworkSettings(hidden=[16], layer_norm="none"),
+    "critic": NetworkSettings(hidden=[16]),
+}
+CHAINS = {"preset": "ogpo", "policy_batch_size": 8, "group_size": 2, "policy_period": 2}
 SETTINGS = {
+    "ogpo": FINETUNING | CHAINS,
+    "best_of_n": FINETUNING | {"best_of": 2},
+    "dsrl": FINETUNING | {"small_hidden": [16]},
+    "residual": FINETUNING | {"small_hidden": [16], "progress_steps": 900},
     "ppo": SMALL,
     "fpo": DENOISING | {"solver_steps": 3, "pairs": 2},
     "dppo": DENOISING | {"solver_steps": 3},
@@ -110,6 +128,8 @@ def rows(training, name):
         *[("bpo", 448, {}), ("mdpo", 448, {}), ("fpo", 448, {}), ("dppo", 448, {})],
         *[("sac", 112, {}), ("sac", 672, {}), ("mdpo_off_policy", 672, {})],
         ("ppo", 672, REMEMBERING),
+        # in the midst of chunks, of which two of three actions are carried out
+        *[(name, 688, {}) for name in ("ogpo", "best_of_n", "dsrl", "residual")],
         # after the first step; before a rollout for the gradient, and before one for the Hessian
         *[("npg_igt", 112, {}), ("npg_igt", 448, {})],
         *[("harpg", half, {"normalized": half > 112}) for half in (112, 448, 560)],

@@ -36,11 +36,13 @@ def _folder(package: str, folders: dict[str, str]) -> PurePosixPath:
 
 @pytest.fixture(scope="module")
 def tracked() -> list[PurePosixPath]:
-    """Return what git tracks under the five source folders and has not been deleted."""
+    """Return what git tracks, or would, under the five source folders and has not been deleted."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: there is no list of files to compare with")
     # Reading the list is safe whoever owns the checkout (a mounted one is often another user's).
-    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z", *SOURCES]
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
+    # Files not added yet count, so that a forgotten package shows before its commit.
+    command += ["--cached", "--others", "--exclude-standard", *SOURCES]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     files = [PurePosixPath(name) for name in names.split("\0") if name]
     return [file for file in files if (ROOT / file).exists()]

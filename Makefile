@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+METAWORLD_VENV ?= .venv-metaworld
+METAWORLD_STAMP := $(METAWORLD_VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
@@ -11,7 +13,7 @@ ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=20000
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow check bench format clean
+.PHONY: help train test test-slow check bench format clean metaworld test-metaworld
 
 help:
 	@echo "make train [ARGS='agent=ppo total_steps=2e6']   train on HopperStand"
@@ -19,7 +21,8 @@ help:
 	@echo "make test-slow                                  run the tests that take long"
 	@echo "make check | format                             lint and type check | format"
 	@echo "make bench [ARGS='num_envs=1024']               measure the throughput"
-	@echo "make clean                                      remove .venv and caches, keep runs/"
+	@echo "make metaworld | test-metaworld                 set up .venv-metaworld for Meta-World | test it"
+	@echo "make clean                                      remove .venv* and caches, keep runs/"
 	@echo "PYTHON=python3.12 make test                     with another interpreter"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +30,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt -e '.[dev]'
 	touch $@
+
+# Meta-World pins an older MuJoCo, which the native MuJoCo tasks cannot do with.
+$(METAWORLD_STAMP): pyproject.toml constraints.txt constraints-metaworld.txt
+	$(PYTHON) -m venv $(METAWORLD_VENV)
+	awk -F== 'NR == FNR { own[$$1]; print; next } !($$1 in own)' \
+		constraints-metaworld.txt constraints.txt > $(METAWORLD_VENV)/constraints.txt
+	$(METAWORLD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(METAWORLD_VENV)/constraints.txt -e '.[metaworld,dev]'
+	touch $@
+
+metaworld: $(METAWORLD_STAMP)
+	@echo "Meta-World is in $(METAWORLD_VENV): $(METAWORLD_VENV)/bin/genpol train env=reach-v3 ..."
+
+test-metaworld: $(METAWORLD_STAMP)
+	$(TEST_ENV) $(METAWORLD_VENV)/bin/python -m pytest -m metaworld $(ARGS)
 
 train: $(STAMP)
 	$(BIN)/genpol train env=HopperStand $(ARGS)
@@ -50,5 +68,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	rm -rf $(VENV) $(METAWORLD_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

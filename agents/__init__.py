@@ -29,6 +29,7 @@ _NAMES = (
     "gorl",
     "harpg",
     "iql",
+    "mbdpo",
     "mdpo",
     "mdpo_off_policy",
     "npg_igt",
@@ -36,8 +37,11 @@ _NAMES = (
     "ppo",
     "qc",
     "qgf",
+    "reinflow",
     "residual",
+    "rlpd",
     "sac",
+    "tdmpc2",
 )
 
 

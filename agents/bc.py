@@ -27,7 +27,7 @@ from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
 from genpol.nn.normalizer import RunningNormalizer
 from genpol.offline import Draws, OfflineAgent, Windows, make_denoiser
-from genpol.offline.behaviour import draw_imitation, imitation_loss, sample_chunks
+from genpol.offline.behaviour import draw_imitation, draw_noise, imitation_loss, sample_chunks
 from genpol.offline.settings import FlowSettings
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
@@ -61,6 +61,11 @@ class Settings(FlowSettings):
             raise ConfigError(
                 f"agent.goal_weight = {self.goal_weight!r}: the model has never done without a "
                 "goal; train it with agent.goal_dropout=0.1"
+            )
+        if self.goal_conditioned and self.diffusion.sampler == "ddpm":
+            raise ConfigError(
+                "agent.diffusion.sampler = 'ddpm': steps without noise alone can be bent towards a "
+                "goal; set agent.diffusion.sampler=ddim"
             )
 
 
@@ -125,11 +130,21 @@ class BC(OfflineAgent, PolicyHolder):
             observation = torch.cat((observation, batch["goal"] * given, given), dim=-1)
         return imitation_loss(self.flow, observation, batch["action"], batch["valid"], draws)
 
+    def plan_noise(self, rows: int, generator: torch.Generator) -> Tensor:
+        """See :class:`~genpol.offline.OfflineAgent`; that of the steps stands behind."""
+        shape = (rows, self.flow.num_draws * self.plan_steps, self.specs.action_dim)
+        return draw_noise(shape, self.guidance.best_of, generator)
+
     def guide(self, guidance: GuidanceSettings, critic: OfflineAgent | None = None) -> None:
         """See :class:`~genpol.offline.OfflineAgent`; the critic is another agent's."""
         if critic is None:
             raise ConfigError(
                 "guidance: behaviour cloning has no critic; add guidance.critic=<run of iql or qgf>"
+            )
+        if guidance.weight > 0 and self.flow.num_draws > 1:
+            raise ConfigError(
+                "guidance.weight: bends steps without noise, but agent.diffusion.sampler = 'ddpm'; "
+                "take guidance.best_of, or a policy with the sampler ddim"
             )
         theirs, own = _kind(critic), _kind(self)
         if theirs != own:
@@ -152,7 +167,9 @@ class BC(OfflineAgent, PolicyHolder):
         seen = critic.encode(observation[..., :width])
 
         def value(_: Tensor, chunk: Tensor) -> Tensor:
-            return critic.value(seen, chunk)
+            # Each agent knows actions by a scale of its own.
+            action = self.action_shift + self.action_scale * chunk
+            return critic.value(seen, critic.own_actions(action))
 
         noise = self.plan_noise(len(observation), generator)
         return self._plan(self.encode(observation), noise, value)

@@ -16,7 +16,7 @@ from torch import Tensor
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.finetuning import FinetuneSettings, FinetuningAgent
-from genpol.offline.behaviour import draw_noise, sample_chunks
+from genpol.offline.behaviour import draw_start, sample_chunks
 from genpol.policies.guidance import best_of
 
 
@@ -66,8 +66,8 @@ class BestOfN(FinetuningAgent):
         return torch.stack([self._best(observation, number, self.generator) for _ in samples])
 
     def _best(self, observation: Tensor, number: int, generator: torch.Generator) -> Tensor:
-        shape = (len(observation), self.settings.horizon, self.specs.action_dim)
-        noise = draw_noise((number, *shape), 1, generator)
+        leading = (number, len(observation))
+        noise = draw_start(self.actor, leading, self.specs.action_dim, generator)
         candidates = sample_chunks(self.actor, observation, noise)
         return best_of(candidates, self.critic(observation, candidates).mean(0))
 

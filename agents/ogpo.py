@@ -250,8 +250,11 @@ class OGPO(FinetuningAgent):
         noise, step_noise = self.chain.draw(leading, generator)
         if explore:
             return self.ends(self.chain.sample(self.average, observation, noise, step_noise))
-        shape = (*leading, self.settings.horizon, self.specs.action_dim)
-        return sample_chunks(self.average, observation, noise.view(shape))
+        # Of a diffusion model whose own steps have noise, these are that noise.
+        draws = noise.view(*leading, -1, self.specs.action_dim)
+        if self.average.num_draws > 1:
+            draws = torch.cat((draws, step_noise.view(*leading, -1, self.specs.action_dim)), dim=-2)
+        return sample_chunks(self.average, observation, draws)
 
     def ends(self, states: Tensor) -> Tensor:
         """Return the clipped ends ``[..., H, A]`` of chains ``[..., K + 1, *action_shape]``."""

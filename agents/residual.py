@@ -21,7 +21,7 @@ from genpol.agent import Specs
 from genpol.finetuning import FinetuningAgent
 from genpol.finetuning.agent import Parts
 from genpol.finetuning.soft_actor import SoftActor, SoftSettings
-from genpol.offline.behaviour import draw_noise, sample_chunks
+from genpol.offline.behaviour import draw_start, sample_chunks
 from genpol.offline.chunk_agent import Windows
 
 
@@ -87,8 +87,8 @@ class Residual(FinetuningAgent):
 
     def base(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         """Return chunks of the frozen policy, ``[B, H, A]``."""
-        shape = (len(observation), self.settings.horizon, self.specs.action_dim)
-        return sample_chunks(self.actor, observation, draw_noise(shape, 1, generator))
+        noise = draw_start(self.actor, (len(observation),), self.specs.action_dim, generator)
+        return sample_chunks(self.actor, observation, noise)
 
     def corrected(self, base: Tensor, output: Tensor) -> Tensor:
         """Return base chunks ``[B, H, A]`` with corrections by outputs ``[B, H A]``."""

@@ -1,4 +1,4 @@
-"""Simulators: native batched MuJoCo tasks, OGBench, and any gymnasium or dm_control environment.
+"""Simulators: native batched MuJoCo tasks, OGBench, Meta-World, any of gymnasium or dm_control.
 
 Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]``: actions in
 ``[-1, 1]``, one ``observation`` vector, ``terminated`` apart from ``truncated``, and ``diverged``
@@ -7,19 +7,25 @@ where the physics failed. Importing this package imports no simulator.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from genpol.envs.mujoco.names import NAMES
 from genpol.envs.settings import (
     DMControlSettings,
     GymSettings,
+    MetaWorldSettings,
     MujocoSettings,
+    MultiTaskSettings,
     OGBenchSettings,
     Settings,
     label,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torchrl.envs import EnvBase
 
@@ -28,12 +34,16 @@ if TYPE_CHECKING:
 __all__ = [
     "DMControlSettings",
     "GymSettings",
+    "MetaWorldSettings",
     "MujocoSettings",
+    "MultiTaskSettings",
     "OGBenchSettings",
     "Settings",
     "label",
     "make",
+    "make_chunked",
     "names",
+    "open_data",
     "relabel",
     "settings_classes",
 ]
@@ -48,10 +58,28 @@ def settings_classes() -> dict[str, type]:
     """Return the settings dataclass of every simulator family by the family's name."""
     return {
         "mujoco": MujocoSettings,
+        "multitask": MultiTaskSettings,
         "gym": GymSettings,
         "dm_control": DMControlSettings,
         "ogbench": OGBenchSettings,
+        "metaworld": MetaWorldSettings,
     }
+
+
+def make_chunked(
+    make_env: Callable[..., EnvBase], horizon: int, steps: int, **options: Any
+) -> EnvBase:
+    """Make environments one step of which is a chunk; see :class:`genpol.envs.chunking.ChunkedEnv`.
+
+    Args:
+        make_env: Makes the environments within.
+        horizon: Actions of a chunk.
+        steps: How many of them are carried out.
+        options: For ``make_env``.
+    """
+    from genpol.envs.chunking import ChunkedEnv
+
+    return ChunkedEnv(make_env(**options), horizon=horizon, steps=steps)
 
 
 def make(
@@ -78,6 +106,13 @@ def make(
     from genpol.settings import at_least
 
     at_least("num_envs", num_envs, 1)
+    at_least("env.observation_steps", settings.observation_steps, 1)
+    if settings.observation_steps > 1:
+        from genpol.envs.stacking import StackedEnv
+
+        single = replace(settings, observation_steps=1)
+        env = make(single, num_envs=num_envs, device=device, seed=seed, training=training)
+        return StackedEnv(env, settings.observation_steps)
     match settings:
         case MujocoSettings():
             from genpol.envs.mujoco import registry
@@ -97,6 +132,10 @@ def make(
                 group_steps=settings.group_steps,
                 device=device,
             )
+        case MultiTaskSettings():
+            from genpol.envs.multitask import make_multitask
+
+            return make_multitask(settings, num_envs, device, seed, training=training)
         case GymSettings():
             from genpol.envs.torchrl_envs import make_gym
 
@@ -109,7 +148,34 @@ def make(
             from genpol.envs.ogbench import make_ogbench
 
             return make_ogbench(settings, num_envs, device, seed, stagger=training)
+        case MetaWorldSettings():
+            from genpol.envs.metaworld import make_metaworld
+
+            return make_metaworld(settings, num_envs, device, seed, stagger=training)
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
+
+
+def open_data(
+    path: Path, settings: Settings, observation_dim: int, action_dim: int
+) -> OfflineDataset:
+    """Open a data set as an environment's task sees it, or the folder of those of several tasks.
+
+    Args:
+        path: A data set of any format.
+        settings: The environment's.
+        observation_dim: Width of the environment's observations.
+        action_dim: Width of its actions.
+
+    Raises:
+        DatasetError: If it cannot be read, or does not suit the environment.
+    """
+    if isinstance(settings, MultiTaskSettings):
+        from genpol.envs import multitask_data
+
+        return multitask_data.open_folder(path, settings, observation_dim, action_dim)
+    from genpol.data.formats import open_dataset
+
+    return relabel(open_dataset(path), settings)
 
 
 def relabel(dataset: OfflineDataset, settings: Settings) -> OfflineDataset:
@@ -119,10 +185,15 @@ def relabel(dataset: OfflineDataset, settings: Settings) -> OfflineDataset:
     other simulators hold their own.
 
     Raises:
-        DatasetError: If a column is missing or belongs to another environment.
+        DatasetError: If a column is missing or belongs to another environment, or the rewards are
+            others than the task's.
     """
     if isinstance(settings, OGBenchSettings):
         from genpol.envs import ogbench_relabel
 
         return ogbench_relabel.relabel(dataset, settings)
+    if isinstance(settings, MetaWorldSettings):
+        from genpol.envs import metaworld_data
+
+        metaworld_data.check_rewards(dataset, settings)
     return dataset

@@ -70,6 +70,10 @@ class Recipe:
         """Name that OGBench gives to such a set: cube-single-play-v0."""
         return f"{self.name}-{self.kind}-v0"
 
+    def episodes(self, num_transitions: int) -> int:
+        """Return how many episodes have so many transitions, or some more."""
+        return -(-num_transitions // (self.episode_rows - 1))
+
     def provenance(self) -> dict[str, Any]:
         """Return all that the data depend on, as JSON can say it."""
         require("ogbench", "ogbench")
@@ -81,6 +85,14 @@ class Recipe:
             "episode_rows": self.episode_rows,
             "versions": {"genpol": __version__, **versions},
         }
+
+    def comment(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the provenance and further facts side by side."""
+        return {**self.provenance(), **facts}
+
+    def demonstrator(self) -> Demonstrator:
+        """Return the environment with its oracles."""
+        return Demonstrator(self)
 
 
 class Demonstrator:
@@ -98,7 +110,7 @@ class Demonstrator:
         self._simulation = make_simulation(
             recipe.name, mode="data_collection", terminate_at_goal=False
         )
-        self._oracles = _make_oracles(recipe, self._simulation)
+        self._oracles = make_oracles(recipe.name, recipe.kind, self._simulation)
 
     def episode(self, split: str, index: int) -> dict[str, np.ndarray]:
         """Play one episode.
@@ -117,7 +129,7 @@ class Demonstrator:
         world, oracles, own = seeds.spawn(3)
         rng = np.random.default_rng(own)
         world_seed: int | None = int(world.generate_state(1, np.uint64)[0])
-        with _global_random(oracles):  # which is where OGBench's oracles draw from
+        with global_random(oracles):  # which is where OGBench's oracles draw from
             while True:
                 rows = self._play(rng, world_seed)
                 if self._is_sound(rows):
@@ -195,8 +207,14 @@ class Demonstrator:
         return not (out_of_view | (y >= 0.29)).any()
 
 
-def _make_oracles(recipe: Recipe, simulation: Any) -> dict[str, Any]:
-    """Return the oracle of each kind of target that the environment can ask for."""
+def make_oracles(name: str, kind: str, simulation: Any) -> dict[str, Any]:
+    """Return the oracle of each kind of target that an environment can ask for.
+
+    Args:
+        name: Environment: cube-single, scene, puzzle-3x3, ...
+        kind: Of the oracles, one of :data:`KINDS`.
+        simulation: What they act in.
+    """
     from ogbench.manipspace.oracles.markov.button_markov import ButtonMarkovOracle
     from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
     from ogbench.manipspace.oracles.markov.drawer_markov import DrawerMarkovOracle
@@ -222,14 +240,14 @@ def _make_oracles(recipe: Recipe, simulation: Any) -> dict[str, Any]:
     }
     options: dict[str, Any] = (
         {"noise": _PLAN_NOISE, "noise_smoothing": _PLAN_SMOOTHING}
-        if recipe.kind == "play"
+        if kind == "play"
         else {"min_norm": _MIN_NORM}
     )
-    family = recipe.name.partition("-")[0]
+    family = name.partition("-")[0]
     closed = {"gripper_always_closed": True} if family == "puzzle" else {}
     targets = {"cube": ["cube"], "puzzle": ["button"], "scene": list(kinds["play"])}[family]
     return {
-        target: kinds[recipe.kind][target](
+        target: kinds[kind][target](
             env=simulation, **options, **(closed if target == "button" else {})
         )
         for target in targets
@@ -237,7 +255,7 @@ def _make_oracles(recipe: Recipe, simulation: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _global_random(seeds: np.random.SeedSequence) -> Iterator[None]:
+def global_random(seeds: np.random.SeedSequence) -> Iterator[None]:
     """Seed NumPy's global generator, and put it back where it stood."""
     before = np.random.get_state()
     np.random.seed(seeds.generate_state(8))

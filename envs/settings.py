@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from genpol.envs.mujoco.names import NAMES
@@ -13,11 +13,37 @@ OGBENCH_NAMES = (
     *("cube-single", "cube-double", "cube-triple", "cube-quadruple", "cube-octuple"),
     *("scene", "puzzle-3x3", "puzzle-4x4", "puzzle-4x5", "puzzle-4x6"),
 )
+MULTITASK_NAMES = (
+    *("CartpoleSwingup", "PendulumSwingup", "ReacherEasy", "FingerSpin", "BallInCup"),
+)
 SUCCESS_TIMINGS = ("pre", "post")
+METAWORLD_NAMES = (
+    *("assembly-v3", "basketball-v3", "bin-picking-v3", "box-close-v3"),
+    *("button-press-topdown-v3", "button-press-topdown-wall-v3", "button-press-v3"),
+    *("button-press-wall-v3", "coffee-button-v3", "coffee-pull-v3", "coffee-push-v3"),
+    *("dial-turn-v3", "disassemble-v3", "door-close-v3", "door-lock-v3", "door-open-v3"),
+    *("door-unlock-v3", "drawer-close-v3", "drawer-open-v3", "faucet-close-v3"),
+    *("faucet-open-v3", "hammer-v3", "hand-insert-v3", "handle-press-side-v3"),
+    *("handle-press-v3", "handle-pull-side-v3", "handle-pull-v3", "lever-pull-v3"),
+    *("peg-insert-side-v3", "peg-unplug-side-v3", "pick-out-of-hole-v3", "pick-place-v3"),
+    *("pick-place-wall-v3", "plate-slide-back-side-v3", "plate-slide-back-v3"),
+    *("plate-slide-side-v3", "plate-slide-v3", "push-back-v3", "push-v3", "push-wall-v3"),
+    *("reach-v3", "reach-wall-v3", "shelf-place-v3", "soccer-v3", "stick-pull-v3"),
+    *("stick-push-v3", "sweep-into-v3", "sweep-v3", "window-close-v3", "window-open-v3"),
+)
+METAWORLD_REWARDS = ("sparse", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MujocoSettings:
+class HistorySettings:
+    """What every family has."""
+
+    observation_steps: int = 1
+    """Observations that are shown side by side, the last ones, for policies with a history."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MujocoSettings(HistorySettings):
     """A native task: all environments in one batch of MuJoCo simulations."""
 
     batched: ClassVar[bool] = True  # many cost little more than one
@@ -53,7 +79,56 @@ class MujocoSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GymSettings:
+class MultiTaskSettings(HistorySettings):
+    """Several native tasks in one environment: what the widest lacks is zero."""
+
+    batched: ClassVar[bool] = True
+
+    tasks: list[str] = field(default_factory=lambda: list(MULTITASK_NAMES))
+    """Native tasks; their order is that of the numbers that tell them in the observation."""
+    only: str = ""
+    """The one of them that is played; all in turn if empty, so that their number divides
+    num_envs."""
+    observation_width: int = 0
+    """Width to fill up observations to; 0 for that of the widest task."""
+    action_width: int = 0
+    """Width to fill up actions to; 0 for that of the widest task."""
+    num_threads: int = 0
+    """Threads that step the physics; 0 takes all cores."""
+    action_repeat: int = 2
+    """Control steps for which each action is held; rewards add up over them."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"env.tasks = {list(self.tasks)}: give each of some tasks once")
+        if self.only and self.only not in self.tasks:
+            raise ConfigError(
+                f"env.only = {self.only!r}: not one of env.tasks.{nearest(self.only, self.tasks)}"
+            )
+        at_least("env.observation_width", self.observation_width, 0)
+        at_least("env.action_width", self.action_width, 0)
+        for name in self.tasks:
+            self.of(name)
+
+    @property
+    def played(self) -> list[str]:
+        """The tasks that are played."""
+        return [self.only] if self.only else list(self.tasks)
+
+    @property
+    def group_size(self) -> int:
+        """Environments that belong together in training: one of each task."""
+        return len(self.played)
+
+    def of(self, name: str) -> MujocoSettings:
+        """Return the settings of one task by itself."""
+        return MujocoSettings(
+            name=name, num_threads=self.num_threads, action_repeat=self.action_repeat
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GymSettings(HistorySettings):
     """Any gymnasium environment with vector observations and a bounded box of actions."""
 
     default_num_envs: ClassVar[int] = 8  # of processes, one for each environment
@@ -66,7 +141,7 @@ class GymSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DMControlSettings:
+class DMControlSettings(HistorySettings):
     """Any task of the dm_control suite, simulated by dm_control itself."""
 
     default_num_envs: ClassVar[int] = 8  # of processes, one for each environment
@@ -82,7 +157,7 @@ class DMControlSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OGBenchSettings:
+class OGBenchSettings(HistorySettings):
     """A manipulation task of OGBench, to be learnt from data such as `genpol data generate` makes.
 
     Task 0 of a single-task environment is OGBench's default one: task 2, or task 4 of puzzle-3x3
@@ -107,7 +182,31 @@ class OGBenchSettings:
         one_of("env.success_timing", self.success_timing, SUCCESS_TIMINGS)
 
 
-Settings = MujocoSettings | GymSettings | DMControlSettings | OGBenchSettings
+@dataclass(frozen=True, kw_only=True)
+class MetaWorldSettings(HistorySettings):
+    """A manipulation task of Meta-World v3, whose objects and goals lie elsewhere each episode."""
+
+    default_num_envs: ClassVar[int] = 8  # of processes, one for each environment
+
+    name: str = "reach-v3"
+    """Task: reach-v3, peg-insert-side-v3, ..."""
+    reward: str = "sparse"
+    """sparse: -1 a step until success, which ends the episode; dense: Meta-World's own, from 0 to
+    10 a step, in episodes of 500 steps whatever happens."""
+
+    def __post_init__(self) -> None:
+        one_of("env.name", self.name, METAWORLD_NAMES)
+        one_of("env.reward", self.reward, METAWORLD_REWARDS)
+
+
+Settings = (
+    MujocoSettings
+    | MultiTaskSettings
+    | GymSettings
+    | DMControlSettings
+    | OGBenchSettings
+    | MetaWorldSettings
+)
 
 
 def label(settings: Settings) -> str:
@@ -115,6 +214,8 @@ def label(settings: Settings) -> str:
     match settings:
         case MujocoSettings():
             return settings.name
+        case MultiTaskSettings():
+            return f"multitask-{settings.only}" if settings.only else "multitask"
         case GymSettings():
             return settings.id.rpartition(":")[2].replace("/", "-")
         case DMControlSettings():
@@ -123,6 +224,8 @@ def label(settings: Settings) -> str:
             goal = "-goal" if settings.goal_conditioned else ""
             task = f"-task{settings.task}" if settings.task else ""
             return f"{settings.name}-play{goal}{task}"
+        case MetaWorldSettings():
+            return settings.name + ("-dense" if settings.reward == "dense" else "")
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -16,6 +16,20 @@ from torchrl.envs import EnvBase
 from genpol.data.dataset import OfflineDataset
 from genpol.data.windows import WindowSpec
 from genpol.errors import ConfigError
+
+
+class TaskSpecs(NamedTuple):
+    """What an agent must know of one of several tasks.
+
+    Attributes:
+        name: The task's name.
+        action_dim: Dimensions of the action that it uses, the first ones.
+        max_episode_steps: Environment steps of a full episode.
+    """
+
+    name: str
+    action_dim: int
+    max_episode_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +48,9 @@ class Specs:
         tells_success: Whether every step says under `success` whether the task is solved.
         action_repeat: Environment steps for which each action is held. Budgets and schedules in
             settings count environment steps; a batch holds one row per action.
+        max_episode_steps: Environment steps of a full episode.
+        tasks: Several tasks in one environment, whose number an observation tells in its last
+            entries, of which one is 1 and the others 0; empty where there is one task.
     """
 
     observation_dim: int
@@ -45,6 +62,17 @@ class Specs:
     group_size: int = 1
     group_steps: int = 0
     tells_success: bool = False
+    max_episode_steps: int = 1000
+    tasks: tuple[TaskSpecs, ...] = ()
+
+    @property
+    def episode_actions(self) -> int:
+        """Actions of a full episode."""
+        return self.actions(self.max_episode_steps)
+
+    def actions(self, env_steps: int) -> int:
+        """Return how many actions so many environment steps take, at least one."""
+        return max(1, env_steps // self.action_repeat)
 
     @classmethod
     def from_env(cls, env: EnvBase, *, num_envs: int) -> Specs:
@@ -60,6 +88,8 @@ class Specs:
             group_size=getattr(env, "group_size", 1),
             group_steps=getattr(env, "group_steps", 0),
             tells_success=env.observation_spec.get("success", None) is not None,
+            max_episode_steps=env.max_episode_steps,
+            tasks=tuple(TaskSpecs(*task) for task in getattr(env, "tasks", ())),
         )
 
     def require_groups(self, rollout_steps: int) -> None:
@@ -127,6 +157,14 @@ class Agent(nn.Module, ABC):
         """
         return
 
+    def adopt(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return weights of another run of this agent, with which ``init=`` lets it begin.
+
+        Those of most agents are as they must be. Others have to be fitted, or call for another
+        beginning than that of a run from nothing.
+        """
+        return weights
+
     @abstractmethod
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Learn from one batch ``[num_envs, time]`` and return scalar metrics by name."""
@@ -174,17 +212,23 @@ class DatasetAgent(Agent):
 
     The loop draws windows of data and calls :meth:`~Agent.update` with each batch. If environment
     steps follow, it shows every rollout to :meth:`observe` and draws windows from both together.
+    One that does without data learns from the first step on from what it collects.
 
     Attributes:
+        needs_data: Whether it cannot do without.
         window: What a batch is made of.
         batch_size: Windows per update.
         replay_capacity: Collected transitions that are held beside the data.
+        offline_share: Share of each batch that is drawn from the data once anything is collected;
+            ``None`` for as much as there is of them.
     """
 
     source = "dataset"
+    needs_data: bool = True
     window: WindowSpec
     batch_size: int
     replay_capacity: int
+    offline_share: float | None = None
 
     @abstractmethod
     def prepare(self, dataset: OfflineDataset) -> None:

@@ -35,8 +35,8 @@ _NOUNS = {"agent": "agent", "env": "environment", "recipe": "recipe"}
 _LISTS = {group: plural for plural, group in GROUPS.items()}
 # Settings that make an environment another one.
 _IDENTITY = (
-    *("env.name", "env.id", "env.domain", "env.task"),
-    *("env.goal_conditioned", "env.success_timing", "env.reward"),
+    *("env.name", "env.id", "env.domain", "env.task", "env.tasks"),
+    *("env.goal_conditioned", "env.success_timing", "env.reward", "env.observation_steps"),
 )
 _OPTIONAL_GROUPS = ("recipe",)
 _NONE = ("none", "null", "None", "")
@@ -60,7 +60,12 @@ def chosen_agent(overrides: Sequence[str]) -> str:
     return name
 
 
-def compose(overrides: Sequence[str], *, model: Mapping[str, Any] | None = None) -> DictConfig:
+def compose(
+    overrides: Sequence[str],
+    *,
+    model: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> DictConfig:
     """Compose one run's configuration, typed by :class:`TrainSettings`.
 
     Args:
@@ -68,6 +73,7 @@ def compose(overrides: Sequence[str], *, model: Mapping[str, Any] | None = None)
             ``recipe=none``. Whole numbers may be written ``2e6`` or ``2_000_000``.
         model: Settings of the agent that a pretrained policy comes with, and which are not to be
             changed.
+        defaults: Those that may be.
 
     Raises:
         ConfigError: In one line, naming the override, the field or the file that is wrong.
@@ -78,7 +84,7 @@ def compose(overrides: Sequence[str], *, model: Mapping[str, Any] | None = None)
     register_schemas()
     config = _compose_groups(chosen)
     _apply_run_defaults(config)
-    for name, value in (model or {}).items():
+    for name, value in {**(model or {}), **(defaults or {})}.items():
         _assign(config, f"agent.{name}", value)
     for item in parsed:
         if item.key_or_group not in _NOUNS:
@@ -324,6 +330,9 @@ def _assign(config: DictConfig, key: str, value: Any) -> None:
     node = _find(config, key)
     if key.split(".")[0] == "choices":
         raise ConfigError(f"{key} is filled in by genpol; write agent=, env= or recipe= instead")
+    if isinstance(node, DictConfig) and node._is_none() and isinstance(value, Mapping):
+        OmegaConf.update(config, key, _writable(node._metadata.ref_type), merge=False)
+        node = _find(config, key)  # a group that is null by default, such as agent.actor of dppo
     if isinstance(node, DictConfig) and not node._is_none() and isinstance(value, Mapping):
         for name, nested in value.items():
             _assign(config, f"{key}.{name}", nested)

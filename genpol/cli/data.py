@@ -22,8 +22,10 @@ usage: genpol data info PATH [json=true]
        genpol data validate PATH
        genpol data convert SRC DST [format=genpol|ogbench|minari]
                            [action_low=LOW action_high=HIGH | action_scale=data]
-       genpol data generate env=NAME [num_transitions=1000000] [output=FILE.npz] [seed=0]
-                            [num_workers=0] [kind=play|noisy]
+       genpol data generate env=NAME-play [num_transitions=1000000] [kind=play|noisy]
+                            [output=FILE.npz] [seed=0] [num_workers=0]
+       genpol data generate env=NAME-v3 [episodes=200] [noise=0] [reward=sparse|dense]
+                            [output=FILE.npz] [seed=0] [num_workers=0]
        genpol data record RUN [RUN ...] output=DST [episodes=100] [format=minari] [seed=30000]
                           [stochastic=true] [key=value ...]
 
@@ -33,8 +35,9 @@ seen from its content.
   info             sizes, lengths, returns, success rate, and the range of every column
   validate         reads every value, and names the file, column and row of the first bad one
   convert          writes SRC as DST, which must not exist, and scales its actions if need be
-  generate         makes OGBench's play data of an environment with its scripted oracles, on all
-                   cores; Ctrl-C keeps the finished episodes, and the same command goes on
+  generate         makes data of an environment of OGBench or Meta-World with its own scripted
+                   experts, on all cores; Ctrl-C keeps the finished episodes, and the same command
+                   goes on
   record           lets the policies of trained runs act for so many episodes each, and keeps what
                    they did: an expert's, that of an early checkpoint, or a mix of both; Ctrl-C
                    keeps the finished episodes, and the same command goes on

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 SUMMARY = "evaluate a trained policy"
 USAGE = """
-usage: genpol eval <run folder or checkpoint> [episodes=100] [seed=20000]
+usage: genpol eval <run folder, checkpoint or policy folder> [episodes=100] [seed=20000]
                    [stochastic=false] [video=<file.mp4>] [json=false] [key=value ...]
 
 Loads the last checkpoint of a run (or the one named) and runs complete episodes from start states
 that neither training nor its evaluations used. Prints mean, 95 % interval, spread and value at
 risk of the return; with json=true also the return of each episode, in the order of the start
 states, which allows comparing policies in pairs. Other overrides change the run's own settings,
-such as env.num_threads=1.
+such as env.num_threads=1. A policy folder is evaluated in env=<name>, which is then needed.
 
 Policies that are flows or diffusion models can be guided without training anew:
   guidance.weight=0.04        follow the critic's gradient; several weights, 0,0.02,0.04, are tried
@@ -47,6 +47,7 @@ The actions of any policy can be corrected towards a data set, on which agent=cd
 examples:
   genpol eval runs/HopperStand/gorl/20261122-101500-s0
   genpol eval runs/HopperStand/gorl/20261122-101500-s0 episodes=500 video=hopper.mp4
+  genpol eval policies/hopper env=Hopper-v5
 """
 
 _OWN = {"episodes": 100, "seed": 20_000, "stochastic": False, "video": "", "json": False}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genpol.cli.list import package_folder
-from genpol.errors import ConfigError, GenpolError, nearest, require
+from genpol.errors import ConfigError, GenpolError, nearest
 
 if TYPE_CHECKING:
-    from genpol.agent import Agent
+    from genpol.agent import Agent, Specs
     from genpol.cli.runs import TrainedRun
     from genpol.pretrained import PretrainedPolicy
-    from genpol.training.loop import EnvFactory
+    from genpol.training.settings import TrainSettings
 
 _HUB = "hf://"
 
@@ -25,20 +25,35 @@ class Start:
 
     Attributes:
         text: As it was written.
+        agent: The agent that is to begin.
         checkpoint: A checkpoint of the same agent, all of whose weights are taken; or
         policy: a model of behaviour.
     """
 
     text: str
+    agent: str
     checkpoint: Path | None = None
     policy: PretrainedPolicy | None = None
 
     def settings(self) -> Mapping[str, Any] | None:
-        """Return the agent's settings that describe the policy."""
-        return None if self.policy is None else self.policy.model
+        """Return the agent's settings that describe the policy.
 
-    def give(self, agent: Agent, make_env: EnvFactory) -> None:
-        """Let an agent that was just made begin from it.
+        Raises:
+            ConfigError: If the agent does not know all that the policy has.
+        """
+        from genpol.agents import settings_class
+        from genpol.pretrained import known_to
+
+        if self.policy is None:
+            return None
+        return known_to(settings_class(self.agent), self.policy.model, self.agent)
+
+    def defaults(self) -> Mapping[str, Any] | None:
+        """Return the agent's settings that suit the policy, but may be others."""
+        return None if self.policy is None else {"action_steps": self.policy.action_steps}
+
+    def give(self, agent: Agent, settings: TrainSettings) -> None:
+        """Let an agent that was just made with these settings begin from it.
 
         Raises:
             ConfigError: If the policy is not one for its environment.
@@ -49,13 +64,12 @@ class Start:
         from genpol.training.loop import load_weights
 
         if self.checkpoint is not None:
-            load_weights(agent, checkpoint.load(self.checkpoint)["weights"], self.checkpoint)
+            weights = agent.adopt(checkpoint.load(self.checkpoint)["weights"])
+            load_weights(agent, weights, self.checkpoint)
         elif self.policy is not None:
             assert isinstance(agent, PolicyHolder)
-            probe = make_env(num_envs=1, seed=0)
-            period_s = probe.control_period_s
-            probe.close()
-            self.policy.check(agent, period_s, self.text)
+            specs, period_s = _environment(settings)
+            self.policy.check(specs, period_s, self.text)
             agent.load_policy(self.policy)
 
 
@@ -79,12 +93,12 @@ def find(text: str, agent: str) -> Start:
                 f"init = {text!r}: is a policy folder, with which agent={agent} cannot begin; "
                 f"{', '.join(holders())} can"
             )
-        return Start(text, policy=read(folder))
+        return Start(text, agent, policy=read(folder))
     found = checkpoint.resolve(folder)
     trained = checkpoint.read_metadata(found).get("agent")
     if trained == agent or not holds:
-        return Start(text, checkpoint=found)
-    return Start(text, policy=of_run(folder))
+        return Start(text, agent, checkpoint=found)
+    return Start(text, agent, policy=of_run(folder))
 
 
 def locate(text: str) -> Path:
@@ -122,10 +136,10 @@ def download(text: str) -> Path:
 
     Raises:
         GenpolError: If the hub cannot be reached or has no such policy.
-        MissingExtraError: If huggingface_hub is not installed.
     """
     repository, revision = parse_hub(text)
-    hub = require("huggingface_hub", "hub")
+    import huggingface_hub as hub
+
     from genpol.training.policy_folder import CARD, RECORD, WEIGHTS
 
     try:
@@ -176,25 +190,37 @@ def of_run(path: Path) -> PretrainedPolicy:
             f"{path}: agent={settings.choices.agent} has no flow or diffusion model of its own "
             "from which another could begin; take a run of bc"
         )
-    probe = trained.make_env(num_envs=1, seed=0)
-    period_s = probe.control_period_s
-    probe.close()
-    weights, statistics = agent.give_policy()
     from genpol.envs import label
 
+    specs, period_s = _environment(settings)
+    weights, statistics = agent.give_policy()
+    past_steps = getattr(settings.agent, "past_steps", 0)
     return PretrainedPolicy(
         model=model_of(settings.agent, statistics is not None),
         weights=weights,
         statistics=statistics,
-        observation_dim=agent.specs.observation_dim,
-        action_dim=agent.specs.action_dim,
-        action_steps=settings.agent.action_steps or settings.agent.horizon,
+        observation_dim=specs.observation_dim,
+        action_dim=specs.action_dim,
+        action_steps=settings.agent.action_steps or settings.agent.horizon - past_steps,
         env=label(settings.env),
-        action_repeat=agent.specs.action_repeat,
+        action_repeat=specs.action_repeat,
         control_period_s=period_s,
         data=_learned_from(trained),
         success=_measured(trained),
+        observation_steps=settings.env.observation_steps,
+        **agent.give_bounds(),
     )
+
+
+def _environment(settings: TrainSettings) -> tuple[Specs, float]:
+    """Return the sizes of a run's environment, and its control period in seconds."""
+    from genpol.agent import Specs
+    from genpol.envs import make
+
+    env = make(settings.env, num_envs=1, seed=0)
+    specs, period_s = Specs.from_env(env, num_envs=1), float(env.control_period_s)
+    env.close()
+    return specs, period_s
 
 
 def _learned_from(trained: TrainedRun) -> dict[str, Any]:

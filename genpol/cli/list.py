@@ -26,6 +26,7 @@ examples:
 
 _SIMULATORS = {
     "mujoco": "native",
+    "multitask": "native",
     "ogbench": "OGBench",
     "metaworld": "Meta-World",
     "gym": "others",

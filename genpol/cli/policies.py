@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genpol.errors import ConfigError, nearest, require
+from genpol.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from genpol.pretrained import PretrainedPolicy
 
-SUMMARY = "list, show, pack or share pretrained policies"
+SUMMARY = "list, show, pack, import or share pretrained policies"
 USAGE = """
 usage: genpol policies list [FOLDER]
        genpol policies show POLICY
        genpol policies pack RUN output=FOLDER
+       genpol policies import --format FORMAT PATH output=FOLDER [OPTION=VALUE ...]
        genpol policies pull hf://OWNER/NAME [output=FOLDER]
        genpol policies push FOLDER hf://OWNER/NAME
 
@@ -29,12 +30,27 @@ hf://OWNER/NAME[@REVISION] on the Hugging Face hub.
   show   what policy.json says
   pack   makes a policy of a run that has a flow or diffusion model (bc, ogpo): of its last
          checkpoint, or of the one that RUN names
+  import makes a policy of what another library saved, which sees vectors (no images). FORMAT is
+           dppo       state_*.pt, with config.yaml (or .hydra/config.yaml) and normalization.npz
+                      beside it or in the folder above
+           reinflow   the same of ReinFlow
+           robomimic  model_epoch_*.pth of its diffusion policy
+           lerobot    the folder of a DiffusionPolicy: config.json, model.safetensors, and the
+                      files of its processors
+         Pickles are never run. Options:
+           env=NAME            where it was trained, if not what the file says
+           steps=N             sample by DDIM in N steps, or a flow in N; else as its library does
+           action_steps=N      actions of a chunk that are carried out
+           control_period_s=S  seconds per action, which are else not compared with env's
+           action_range=[L,H]  bounds of the actions where it was trained, if not [-1,1]
+           config=FILE normalization=FILE   where they lie, for dppo and reinflow
   pull   fetches one from the hub, and copies it to FOLDER if that is given
   push   puts one on the hub, with the token of `hf auth login`
 
 examples:
   genpol policies list
   genpol policies pack runs/cube-single-play/bc/20261123-101500-s0 output=policies/cube
+  genpol policies import --format dppo state_3000.pt output=policies/hopper
   genpol train env=cube-single-play env.task=1 agent=ogpo init=policies/cube
 """
 
@@ -54,17 +70,23 @@ def run(arguments: list[str]) -> int:
             f"unknown action {given!r}.{nearest(given, ACTIONS)} The actions are "
             f"{', '.join(ACTIONS)}; see `genpol policies --help`"
         )
-    names, options = _divide(arguments[1:])
+    known: tuple[str, ...] = ("output",)
+    if given == "import":
+        from genpol.cli.policies_import import OPTIONS, joined
+
+        arguments, known = joined(arguments), OPTIONS
+    names, options = _divide(arguments[1:], known)
     ACTIONS[given](names, options)
     return 0
 
 
-def _divide(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    names = [text for text in arguments if "=" not in text]
-    options = dict(text.split("=", 1) for text in arguments if "=" in text)
+def _divide(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    # Hydra names folders like seed=0: in the midst of a path that is no option.
+    names = [text for text in arguments if "=" not in text or "/" in text.split("=")[0]]
+    options = dict(text.split("=", 1) for text in arguments if text not in names)
     for name in options:
-        if name not in ("output",):
-            raise ConfigError(f"unknown option {name!r}.{nearest(name, ['output'])}")
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}.{nearest(name, known)}")
     return names, options
 
 
@@ -130,6 +152,13 @@ def _pack(names: Sequence[str], options: dict[str, str]) -> None:
     _write(target, of_run(Path(run)))
 
 
+def _import(names: Sequence[str], options: dict[str, str]) -> None:
+    from genpol.cli.policies_import import read
+
+    target = _output(options, "import --format FORMAT PATH")
+    _write(target, read(names, options))
+
+
 def _pull(names: Sequence[str], options: dict[str, str]) -> None:
     from genpol.cli.initial import download
     from genpol.training.policy_folder import read
@@ -152,7 +181,8 @@ def _push(names: Sequence[str], options: dict[str, str]) -> None:
     folder, address = Path(names[0]), names[1]
     repository, revision = parse_hub(address)
     read(folder)  # nothing damaged is shared
-    hub = require("huggingface_hub", "hub")
+    import huggingface_hub as hub
+
     try:
         client = hub.HfApi()
         client.create_repo(repository, exist_ok=True)
@@ -191,4 +221,11 @@ def _refuse(options: dict[str, str], action: str) -> None:
         raise ConfigError(f"genpol policies {action} takes no {next(iter(options))}=")
 
 
-ACTIONS = {"list": _list, "show": _show, "pack": _pack, "pull": _pull, "push": _push}
+ACTIONS = {
+    "list": _list,
+    "show": _show,
+    "pack": _pack,
+    "import": _import,
+    "pull": _pull,
+    "push": _push,
+}

@@ -31,21 +31,31 @@ class TrainedRun:
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> TrainedRun:
-    """Load the last checkpoint of a run, or the one that ``path`` names.
+    """Load the last checkpoint of a run, or the one that ``path`` names; or a policy folder.
 
     Args:
-        path: Run folder or checkpoint.
-        overrides: Settings to change, as on the command line.
+        path: Run folder or checkpoint; or a policy folder, which is loaded as behaviour cloning.
+        overrides: Settings to change, as on the command line; of a policy folder with ``env=``.
 
     Raises:
         CheckpointError: If there is none, or it is damaged.
         ConfigError: If an override is wrong.
     """
-    from genpol.cli import configuration
+    from genpol.cli import configuration, initial
     from genpol.cli.train import build
     from genpol.training import checkpoint
     from genpol.training.loop import load_weights
+    from genpol.training.policy_folder import is_policy_folder
 
+    if is_policy_folder(path):
+        start = initial.find(str(path), "bc")
+        composed = configuration.compose(
+            ["agent=bc", *overrides], model=start.settings(), defaults=start.defaults()
+        )
+        settings = configuration.to_settings(composed)
+        agent, make_env = build(settings)
+        start.give(agent, settings)
+        return TrainedRun(path, agent, make_env, settings)
     found = checkpoint.resolve(path)
     config = checkpoint.run_folder(found) / "config.yaml"
     settings = configuration.to_settings(configuration.load(config, overrides))

@@ -29,8 +29,9 @@ are those of a trained run of the same agent; with init=<policy folder>, or a ru
 agents that finetune begin from its flow or diffusion model. Everything else starts afresh.
 
 Agents that learn from data (bc, iql, fql, qc, dqc, qgf, fisher_decorator, cdsa) need data=<data
-set>, in any format that `genpol data` reads. total_steps are then updates, after which
-online_steps=<n> goes on in the environment.
+set>, in any format that `genpol data` reads; tdmpc2 and mbdpo may have it. total_steps are then
+updates, after which online_steps=<n> goes on in the environment. env=multitask takes a folder with
+a data set for each of its tasks, called like the task.
 
 examples:
   genpol train env=HopperStand
@@ -67,12 +68,16 @@ def _train(arguments: Sequence[str]) -> int:
     start = None
     if (init := _value_of("init", arguments)) is not None:
         start = initial.find(init, configuration.chosen_agent(arguments))
-    config = configuration.compose(arguments, model=start.settings() if start else None)
+    config = configuration.compose(
+        arguments,
+        model=start.settings() if start else None,
+        defaults=start.defaults() if start else None,
+    )
     settings = configuration.to_settings(config)
     agent, make_env = build(settings)
     dataset = open_data(settings, agent)
     if start is not None:
-        start.give(agent, make_env)
+        start.give(agent, settings)
     agent.check_ready()
     run = Run.create(
         Path(settings.output),
@@ -126,13 +131,15 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
 
     from genpol.agent import Specs
     from genpol.agents import make as make_agent
-    from genpol.envs import make
+    from genpol.envs import make, make_chunked
     from genpol.seeding import derive
 
     _check_device(settings.device)
     if settings.num_threads > 0:
         torch.set_num_threads(settings.num_threads)
     make_env: EnvFactory = partial(make, settings.env, device=settings.device)
+    if (chunking := getattr(settings.agent, "chunking", None)) is not None:
+        make_env = partial(make_chunked, make_env, *chunking)
     smallest = getattr(settings.env, "group_size", 1)
     probe = make_env(num_envs=smallest, seed=settings.seed, training=True)
     specs = Specs.from_env(probe, num_envs=settings.num_envs)
@@ -162,16 +169,23 @@ def open_data(settings: TrainSettings, agent: Agent) -> OfflineDataset | None:
             if value:
                 raise ConfigError(f"{key} = {value!r}: agent={name} does not learn from data sets")
         return None
+    if settings.data is None and not agent.needs_data:
+        if settings.online_steps:
+            raise ConfigError(
+                f"online_steps = {settings.online_steps}: these follow updates on data; without "
+                "data= all steps are online, and total_steps says how many"
+            )
+        return None
     if settings.data is None:
         raise ConfigError(
             f"agent={name} learns from data: add data=<data set>; `genpol data --help` says how to "
             "make one"
         )
     from genpol.cli.data import warn_of_action_repeat
-    from genpol.data.formats import open_dataset
-    from genpol.envs import relabel
+    from genpol.envs import open_data as open_for
 
-    dataset = relabel(open_dataset(Path(settings.data).expanduser()), settings.env)
+    widths = (agent.specs.observation_dim, agent.specs.action_dim)
+    dataset = open_for(Path(settings.data).expanduser(), settings.env, *widths)
     for what, found, wanted in (
         ("observations", dataset.observation_dim, agent.specs.observation_dim),
         ("actions", dataset.action_dim, agent.specs.action_dim),

@@ -38,6 +38,8 @@ class SequenceReplay:
         num_envs: Environments that are stepped together.
         seed: Seed of the draws.
         offline: What else to draw from; windows with goals need it.
+        offline_share: Share of each batch that comes from the data set; by default each window,
+            wherever it is, is equally likely.
         successes: Windows of successful episodes in each batch; 0 needs no ``success`` to be told.
 
     Raises:
@@ -53,6 +55,7 @@ class SequenceReplay:
         seed: int,
         offline: WindowSampler | None = None,
         successes: int = 0,
+        offline_share: float | None = None,
     ) -> None:
         self.spec = spec
         self._times = capacity // num_envs
@@ -65,6 +68,7 @@ class SequenceReplay:
             raise ConfigError("windows with goals know no successes: set one of the two aside")
         self._num_envs = num_envs
         self._offline = offline
+        self._offline_share = offline_share
         self._num_offline = 0 if offline is None else offline.num_starts
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = _KEYS + ("achieved_goal",) * (spec.goals is not None)
@@ -138,7 +142,7 @@ class SequenceReplay:
 
     def sample(self, size: int) -> TensorDict:
         """Return windows ``[size]``, from the data set and from what was collected."""
-        index = self._draw(size)
+        index = self._draw(size) if self._offline_share is None else self._draw_shares(size)
         # The data set's first: so do the parts stand in the batch.
         index = torch.cat((index[index < self._num_offline], index[index >= self._num_offline]))
         if self.spec.goals is not None:
@@ -171,6 +175,14 @@ class SequenceReplay:
             steps = torch.arange(oldest, oldest + self.num_starts // self._num_envs) % self._times
             self._won_starts = self._num_offline + self._won[steps].flatten().nonzero().squeeze(-1)
         return self._won_starts
+
+    def _draw_shares(self, size: int) -> Tensor:
+        """Return numbers of windows, a fixed share of them of the data set."""
+        assert self._offline_share is not None
+        number = round(self._offline_share * size) if self.num_starts > 0 else size
+        data = torch.randint(self._num_offline, (number,), generator=self._generator)
+        own = torch.randint(max(1, self.num_starts), (size - number,), generator=self._generator)
+        return torch.cat((data, self._num_offline + own))
 
     def _draw(self, size: int) -> Tensor:
         """Return numbers of windows; those of the data set come first."""
@@ -257,6 +269,10 @@ class SequenceReplay:
             )
             wanted = self.spec.rewards
             earned = discounted(reward, terminated, valid, self.spec.gamma) if wanted else {}
+            if self.spec.every_step:
+                first = self._rows["observation"][window[:, :1], env[:, None]]
+                earned["observations"] = torch.cat((first, rows("next_observation")), dim=1)
+                earned |= {"rewards": reward, "terminated": terminated}
             last = (valid.sum(1) - 1).clamp_min(0)
             at_end = window[torch.arange(len(index)), last], env
             following = self._rows["next_observation"][at_end]

@@ -36,6 +36,8 @@ class WindowSpec:
             trajectory are left (DQC, which leaves the last state out).
         goals: Draw a goal for each window, whose reward then takes the place of the data's.
         rewards: Whether rewards and discounts are wanted; imitation does without.
+        every_step: Whether each transition by itself is wanted too, from which models of the world
+            are learned.
         holdout: Share of the trajectories in which no window begins; see
             :func:`training_trajectories`.
     """
@@ -45,6 +47,7 @@ class WindowSpec:
     edges: Edges = "mask"
     goals: GoalSettings | None = None
     rewards: bool = True
+    every_step: bool = False
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class WindowSpec:
         check.one_of("edges", self.edges, ("mask", "whole"))
         if self.goals is not None and self.edges != "whole":
             raise ConfigError("goals need edges=whole: a cut window would count as an arrival")
+        if self.every_step and (self.goals is not None or not self.rewards):
+            raise ConfigError("every_step needs the rewards of the data: it goes without goals")
 
 
 def training_trajectories(number: int, holdout: float) -> int:
@@ -81,6 +86,9 @@ class WindowSampler:
     ``discount``           ``[B]``: ``gamma^n`` for n valid transitions; 0 if one of them
                            is terminated
     ``next, observation``  ``[B, d]`` behind the last valid transition
+    ``observations``       with ``every_step``: ``[B, H + 1, d]``, of every state on the way
+    ``rewards``            with ``every_step``: ``[B, H]``, of every transition
+    ``terminated``         with ``every_step``: bool ``[B, H]``, likewise
     ``goal``               ``[B, g]``, with goals; reward, discount and next observation
                            are then those of :func:`~genpol.data.goals.relabel`
     ====================== ============================================================
@@ -147,6 +155,10 @@ class WindowSampler:
         elif spec.goals is None:
             reward, terminated = (columns[name][window] for name in ("reward", "terminated"))
             earned = discounted(reward, terminated, valid, spec.gamma)
+            if spec.every_step:
+                states = torch.minimum(rows[:, None] + torch.arange(spec.steps + 1), last[:, None])
+                earned["observations"] = columns["observation"][states]
+                earned |= {"rewards": reward, "terminated": terminated}
             following = rows + valid.sum(1)
         else:
             given = anywhere is not None

@@ -71,6 +71,26 @@ INITIALISERS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
 Flax's uniform variance scaling over the mean fan, which FQL, QC, DQC and QGF use."""
 
 
+@torch.no_grad()
+def initialise(module: nn.Module, init: str, generator: torch.Generator | None = None) -> None:
+    """Draw the weights of all linear and convolutional layers anew, in the order of registration.
+
+    Kernels are taken as matrices, ``[out, in * width]``; biases become zero, norms the identity.
+
+    Args:
+        module: What holds the layers.
+        init: One of :data:`INITIALISERS`.
+        generator: Source of the draws; torch's global one by default.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.ConvTranspose1d):
+            INITIALISERS[init](layer.weight.flatten(1), generator)
+            assert layer.bias is not None
+            layer.bias.zero_()
+        elif isinstance(layer, nn.LayerNorm | nn.GroupNorm):
+            layer.reset_parameters()
+
+
 class MLP(nn.Module):
     """A multilayer perceptron with zero biases.
 

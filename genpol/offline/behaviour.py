@@ -39,6 +39,9 @@ def imitation_loss(
     """
     horizon = policy.horizon
     chunk, valid = chunk[:, :horizon], valid[:, :horizon].float()
+    if policy.past_steps:  # the chunk's end, which the windows do not hold
+        present = torch.arange(horizon, device=valid.device) < horizon - policy.past_steps
+        valid = valid * present
     return policy.bc_loss(
         observation,
         own_chunk(chunk, horizon),
@@ -71,11 +74,13 @@ def sample_chunks(
     Args:
         policy: The model.
         observation: ``[B, d]``.
-        noise: ``[B, H, A]``; or N draws ``[N, B, H, A]``, of which the value chooses.
+        noise: ``[B, H, A]``; or N draws ``[N, B, H, A]``, of which the value chooses. If the
+            policy's steps have noise, that may stand behind it: ``[..., num_draws * H, A]``.
         value: Values ``[..., B]`` of observations and chunks ``[..., B, H, A]``.
         guidance: How the value bends the samples.
     """
     horizon = policy.horizon
+    noise, step_noise = _split(noise, horizon)
     sampler: Sampler = policy
     if value is not None and guidance is not None and guidance.weight > 0:
 
@@ -83,18 +88,40 @@ def sample_chunks(
             return value(state, as_chunk(action, horizon))
 
         sampler = GuidedPolicy(policy, valued, weight=guidance.weight, estimator=guidance.estimator)
-    chunks = as_chunk(sampler.sample(observation, own_chunk(noise, horizon)), horizon).clamp(
-        -1.0, 1.0
-    )
+    start = own_chunk(noise, horizon)
+    if step_noise is not None and isinstance(sampler, DiffusionPolicy):
+        action = sampler.sample(observation, start, own_chunk(step_noise, horizon))
+    else:
+        action = sampler.sample(observation, start)
+    chunks = as_chunk(action, horizon).clamp(-1.0, 1.0)
     if value is None or noise.ndim == _CHUNK_DIMS:
         return chunks
     return best_of(chunks, value(observation, chunks))
+
+
+def _split(noise: Tensor, horizon: int) -> tuple[Tensor, Tensor | None]:
+    """Return what a sample begins from, and the noise of its steps ``[..., K, H, A]``."""
+    if noise.shape[-2] == horizon:
+        return noise, None
+    draws = noise.unflatten(-2, (-1, horizon))
+    return draws[..., 0, :, :], draws[..., 1:, :, :]
 
 
 def draw_noise(shape: Sequence[int], number: int, generator: torch.Generator) -> Tensor:
     """Return standard normal draws ``[*shape]``, or ``[number, *shape]`` of more than one."""
     shape = (number, *shape) if number > 1 else tuple(shape)
     return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def draw_start(
+    policy: FlowPolicy | DiffusionPolicy,
+    leading: Sequence[int],
+    action_dim: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draw what :func:`sample_chunks` begins from, with the noise of the steps behind it."""
+    shape = (*leading, policy.num_draws * policy.horizon, action_dim)
+    return draw_noise(shape, 1, generator)
 
 
 def own_chunk(chunk: Tensor, horizon: int) -> Tensor:

@@ -30,9 +30,14 @@ class ChunkAgent(Agent):
 
     A subclass makes its networks and calls :meth:`place` at the end of its constructor.
 
+    All its networks know chunks in ``[-1, 1]`` of their own: ``action_shift + action_scale x`` is
+    the environment's action. That is the identity but for policies that come from elsewhere.
+
     Attributes:
         settings: Hyper-parameters.
         normalizer: Of observations; the identity unless the settings say otherwise.
+        action_scale: See above, ``[A]``.
+        action_shift: See above, ``[A]``.
         window: What is learned from.
         plan_steps: Actions H of a plan, and of the chunks that the critics value.
         told_goal: Whether a goal stands behind the observation.
@@ -46,6 +51,8 @@ class ChunkAgent(Agent):
     """
 
     window: WindowSpec
+    action_scale: Tensor
+    action_shift: Tensor
 
     def __init__(
         self,
@@ -66,6 +73,9 @@ class ChunkAgent(Agent):
         self.gradient_steps = 0
         self.generator = torch.Generator(device).manual_seed(seed)
         self.normalizer = RunningNormalizer(specs.observation_dim)
+        self.register_buffer("action_scale", torch.ones(specs.action_dim))
+        self.register_buffer("action_shift", torch.zeros(specs.action_dim))
+        self.register_load_state_dict_pre_hook(_add_identity)
         self._env_steps = 0
         self._updates_owed = 0.0
         self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
@@ -82,14 +92,36 @@ class ChunkAgent(Agent):
         self.told_goal = goal
         self.policy = PlanningPolicy(
             self,
-            action_steps=self.settings.action_steps or plan_steps,
+            action_steps=self.settings.action_steps or plan_steps - self.settings.past_steps,
             goal=goal,
             generator=self._acting,
         )
 
     @abstractmethod
     def act(self, observation: Tensor, generator: torch.Generator) -> Tensor:
-        """Return chunks ``[B, H, A]`` within [-1, 1] for raw observations ``[B, d]``."""
+        """Return chunks ``[B, H, A]`` as the networks know them, for observations ``[B, d]``."""
+
+    def plan_actions(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what :meth:`act` makes as actions of the environment, within [-1, 1]."""
+        chunk = self.act(observation, generator)
+        return (self.action_shift + self.action_scale * chunk).clamp(-1.0, 1.0)
+
+    def own_actions(self, action: Tensor) -> Tensor:
+        """Return actions of the environment ``[..., A]`` as the networks know them."""
+        scale = torch.where(self.action_scale == 0, 1.0, self.action_scale)  # of what never moves
+        return (action - self.action_shift) / scale
+
+    def scale_actions(self, low: Tensor, high: Tensor) -> None:
+        """Take -1 and 1 of the networks' actions for these of the environment, ``[A]``."""
+        self.action_scale.copy_((high - low) / 2)
+        self.action_shift.copy_((high + low) / 2)
+
+    def action_range(self) -> tuple[Tensor, Tensor] | None:
+        """Return what :meth:`scale_actions` was given, if that is not -1 and 1."""
+        scale, shift = self.action_scale.cpu(), self.action_shift.cpu()
+        if torch.all(scale == 1) and torch.all(shift == 0):
+            return None
+        return shift - scale, shift + scale
 
     def encode(self, observation: Tensor) -> Tensor:
         """Standardise raw observations ``[..., d]``; what stands behind them is left as it is."""
@@ -124,9 +156,10 @@ class ChunkAgent(Agent):
         return self.value(observation, chunk)
 
     def windows(self, batch: TensorDict) -> dict[Any, Tensor]:
-        """Return a batch on the agent's device, by key."""
+        """Return a batch on the agent's device, by key, its actions as the networks know them."""
         batch = batch.to(self.generator.device)
-        return dict(batch.items(include_nested=True, leaves_only=True))
+        found = dict(batch.items(include_nested=True, leaves_only=True))
+        return found | {"action": self.own_actions(found["action"])}
 
     def observe(self, rollout: TensorDict) -> int:
         """Take note of what was collected; return the updates that it calls for."""
@@ -156,3 +189,9 @@ class ChunkAgent(Agent):
         self._env_steps = state["env_steps"]
         self._updates_owed = state["updates_owed"]
         self.policy.load_acting_state(state["acting"])
+
+
+def _add_identity(agent: ChunkAgent, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Let weights that were saved before actions could be scaled load as what they are."""
+    for name in ("action_scale", "action_shift"):
+        weights.setdefault(f"{prefix}{name}", getattr(agent, name).detach().clone())

@@ -276,10 +276,10 @@ class _Acting:
             action = _asked(agent, observation, seed, deterministic)
             return cls(agent, None, action.unsqueeze(1), None)
         told = observation if goal is None else torch.cat((observation, goal), dim=-1)
-        plan = agent.act(told, torch.Generator(observation.device).manual_seed(seed))
+        plan = agent.plan_actions(told, torch.Generator(observation.device).manual_seed(seed))
         seen = agent.encode(told)
         try:
-            return cls(agent, seen, plan, agent.expected_return(seen, plan))
+            return cls(agent, seen, plan, agent.expected_return(seen, agent.own_actions(plan)))
         except ConfigError:  # it has no critic
             return cls(agent, None, plan, None)
 
@@ -295,7 +295,7 @@ class _Acting:
             return None
         assert isinstance(self.agent, OfflineAgent)
         plan = torch.cat((action.unsqueeze(1), self.plan[:, 1:]), dim=1)
-        after = self.agent.expected_return(self.seen, plan)
+        after = self.agent.expected_return(self.seen, self.agent.own_actions(plan))
         change = (after - self.value).mean() * plan.shape[1]
         return float(change / self.value.abs().mean().clamp_min(1e-12))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from genpol.nn.ensemble import EnsembleMLP
 from genpol.nn.mlp import MLP
 from genpol.offline.settings import FlowSettings, NetworkSettings
+from genpol.policies.denoiser import DenoisingNetwork
 from genpol.policies.diffusion import DiffusionPolicy
+from genpol.policies.embedded import EmbeddedDenoiser
 from genpol.policies.flow import FlowPolicy
-from genpol.policies.schedules import diffusers_schedule
+from genpol.policies.schedules import Schedule, diffusers_schedule
+from genpol.policies.unet import ConditionalUnet1D
 
 
 class Critic(nn.Module):
@@ -129,12 +133,15 @@ def make_denoiser(
 ) -> FlowPolicy | DiffusionPolicy:
     """Return the model of behaviour that the settings describe, of their horizon by default.
 
-    A flow reads the bare time, as in FQL; a diffusion model has a cosine schedule of as many levels
-    as steps, and clips its clean estimate to the range of actions.
+    A flow reads the bare time, as in FQL. A diffusion model reads the share of its noise level
+    among all of them; networks that learn how to embed it read the level itself.
     """
-    options: dict[str, Any] = {"horizon": horizon or settings.horizon, "zero_init": False}
+    horizon = horizon or settings.horizon
+    options: dict[str, Any] = {"horizon": horizon, "zero_init": False}
     options |= _layers(settings.actor, generator)
+    options["network"] = _network(observation_dim, action_dim, horizon, settings, generator)
     if settings.denoiser == "flow":
+        options |= {"spread": settings.time_grid, "state_clip": settings.state_clip or None}
         return FlowPolicy(
             observation_dim,
             action_dim,
@@ -142,8 +149,66 @@ def make_denoiser(
             time_embedding_dim=1,
             **options,
         )
-    schedule = diffusers_schedule(num_levels=settings.solver_steps, num_steps=settings.solver_steps)
-    return DiffusionPolicy(observation_dim, action_dim, schedule=schedule, clip=1.0, **options)
+    own = settings.diffusion
+    options |= {"prediction": own.prediction, "sampler": own.sampler}
+    return DiffusionPolicy(
+        observation_dim,
+        action_dim,
+        schedule=_schedule(settings),
+        clip=own.clean_clip or None,
+        **options,
+    )
+
+
+def _schedule(settings: FlowSettings) -> Schedule:
+    own = settings.diffusion
+    schedule = diffusers_schedule(
+        "linear" if own.schedule == "linear" else "squaredcos_cap_v2",
+        num_levels=own.levels or settings.solver_steps,
+        num_steps=settings.solver_steps,
+        spacing="leading" if own.spacing == "leading" else "trailing",
+    )
+    if settings.network == "mlp":
+        return schedule
+    return replace(schedule, time=tuple(float(level) for level in range(len(schedule.time))))
+
+
+def _network(
+    observation_dim: int,
+    action_dim: int,
+    horizon: int,
+    settings: FlowSettings,
+    generator: torch.Generator,
+) -> DenoisingNetwork | None:
+    """Return the network that is injected into the model; None for its own perceptron."""
+    own, actor = settings.unet, settings.actor
+    if settings.network == "mlp":
+        return None
+    if settings.network == "unet":
+        return ConditionalUnet1D(
+            observation_dim,
+            action_dim,
+            horizon,
+            actor.hidden,
+            time_dim=settings.time_dim,
+            kernel_size=own.kernel_size,
+            groups=own.groups,
+            scale=own.scale,
+            past_steps=own.past_steps,
+            init=actor.init,
+            generator=generator,
+        )
+    return EmbeddedDenoiser(
+        observation_dim,
+        horizon * action_dim,
+        actor.hidden,
+        residual=settings.network == "residual_mlp",
+        time_dim=settings.time_dim,
+        activation=actor.activation,
+        layer_norm=actor.layer_norm,
+        init=actor.init,
+        generator=generator,
+    )
 
 
 def _layers(settings: NetworkSettings, generator: torch.Generator) -> dict[str, Any]:

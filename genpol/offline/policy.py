@@ -15,8 +15,8 @@ from genpol.agent import StatefulPolicy
 class Planner(Protocol):
     """Makes chunks of actions."""
 
-    def act(self, observation: Tensor, generator: torch.Generator) -> Tensor:
-        """Return chunks ``[B, H, A]`` within [-1, 1] for raw observations ``[B, d]``."""
+    def plan_actions(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the environment's actions ``[B, H, A]`` for raw observations ``[B, d]``."""
         ...
 
 
@@ -61,7 +61,7 @@ class PlanningPolicy(StatefulPolicy):
             self._queue = None
         due = due | (self._used >= self._action_steps)
         if due.any():
-            chunks = self._planner[0].act(observation[due], self._generator)
+            chunks = self._planner[0].plan_actions(observation[due], self._generator)
             if self._queue is None:
                 self._queue = chunks
             else:

@@ -38,6 +38,7 @@ class ActorCritic(nn.Module):
         actor: Owns the normaliser, which the critics share.
         critic: Scaled values, one for each reward that is learned apart.
         median_critic: Soft medians of the scaled returns, for surrogates that want them.
+        learns_statistics: Whether the normaliser takes in what is collected.
 
     Args:
         actor: A policy with a ``normalizer``, which is replaced as the settings say.
@@ -58,6 +59,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.actor = actor
+        self.learns_statistics = True
         self.actor.normalizer = RunningNormalizer(
             observation_dim, merge="exact" if settings.normalizer == "exact" else "released"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.envs import ExplorationType, exploration_type
 
 from genpol import settings as check
@@ -15,9 +16,8 @@ from genpol.on_policy.actors import ActorCritic
 from genpol.on_policy.agent import OnPolicyAgent
 from genpol.on_policy.likelihood import Likelihood
 from genpol.on_policy.settings import OnPolicySettings
-from genpol.policies.chain import Chain
-from genpol.policies.diffusion import DiffusionPolicy
-from genpol.policies.flow import FlowPolicy
+from genpol.policies.chain import Chain, Stochastic
+from genpol.policies.denoiser import flatten_chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class DenoisingSettings(OnPolicySettings):
 
 
 class DenoisingPolicy(TensorDictModuleBase):
-    """The policy that acts: noise in, action ``tanh(x_K)`` out.
+    """The policy that acts: noise in, action ``tanh(x_K)`` out, of chunks ``[..., H * A]``.
 
     When it does not explore, the noise is zero and the chain takes its means.
 
@@ -48,8 +48,8 @@ class DenoisingPolicy(TensorDictModuleBase):
     Args:
         actor_critic: See above.
         generator: Source of the noise.
-        chain: The noise of the steps; they are then written as ``chain`` ``[..., K + 1, A]``.
-            ``None`` for a deterministic solver.
+        chain: The noise of the steps; they are then written as ``chain``
+            ``[..., K + 1, *action_shape]``. ``None`` for a deterministic solver.
     """
 
     def __init__(
@@ -67,31 +67,42 @@ class DenoisingPolicy(TensorDictModuleBase):
         self._chain = chain
 
     @property
-    def actor(self) -> FlowPolicy | DiffusionPolicy:
+    def actor(self) -> Stochastic:
         """The generative model."""
         actor = self.actor_critic.actor
-        assert isinstance(actor, FlowPolicy | DiffusionPolicy)
+        assert isinstance(actor, Stochastic)
         return actor
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action, the action before the squash and, with ``sigma``, the chain."""
-        observation, actor = tensordict["observation"], self.actor
-        leading = observation.shape[:-1]
-        explore = exploration_type() in (ExplorationType.RANDOM, None)
+        states, end = self._actions(tensordict["observation"])
+        if states is not None:
+            tensordict.set("chain", states)
+        decoded = flatten_chunk(end, self.actor.horizon)
+        tensordict.set("decoded", decoded)
+        tensordict.set("action", self._squash(decoded))
+        return tensordict
+
+    def _actions(self, observation: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the chain, if there is one, and its end."""
+        actor, leading = self.actor, observation.shape[:-1]
         if self._chain is None:
             noise = observation.new_zeros((*leading, *actor.action_shape))
-            if explore:
+            if explores():
                 noise.normal_(generator=self._generator)
-            decoded = actor.sample(observation, noise)
-        else:
-            noise, steps = self._chain.draw(leading, self._generator, explore=explore)
-            chain = self._chain.sample(actor, observation, noise, steps)
-            tensordict.set("chain", chain)
-            decoded = chain[..., -1, :]
-        tensordict.set("decoded", decoded)
-        tensordict.set("action", torch.tanh(decoded))
-        return tensordict
+            return None, actor.sample(observation, noise)
+        noise, steps = self._chain.draw(leading, self._generator, explore=explores())
+        states = self._chain.sample(actor, observation, noise, steps)
+        return states, states.select(-1 - len(self._chain.action_shape), -1)
+
+    def _squash(self, decoded: Tensor) -> Tensor:
+        return torch.tanh(decoded)
+
+
+def explores() -> bool:
+    """Whether the policy is to explore, as torchrl says."""
+    return exploration_type() in (ExplorationType.RANDOM, None)
 
 
 class DenoisingAgent(OnPolicyAgent):
@@ -104,6 +115,7 @@ class DenoisingAgent(OnPolicyAgent):
         likelihood: Of what it did.
         generator: Source of weights, exploration and minibatches.
         chain: See :class:`DenoisingPolicy`.
+        policy_class: What acts.
     """
 
     def __init__(
@@ -111,10 +123,11 @@ class DenoisingAgent(OnPolicyAgent):
         settings: DenoisingSettings,
         specs: Specs,
         *,
-        actor: FlowPolicy | DiffusionPolicy,
+        actor: Stochastic,
         likelihood: Likelihood,
         generator: torch.Generator,
         chain: Chain | None = None,
+        policy_class: type[DenoisingPolicy] = DenoisingPolicy,
     ) -> None:
         actor_critic = ActorCritic(
             actor,
@@ -127,7 +140,7 @@ class DenoisingAgent(OnPolicyAgent):
             settings,
             specs,
             actor_critic=actor_critic,
-            policy=DenoisingPolicy(actor_critic, generator=generator, chain=chain),
+            policy=policy_class(actor_critic, generator=generator, chain=chain),
             likelihood=likelihood,
             generator=generator,
         )

@@ -97,7 +97,8 @@ class OnPolicyLearner:
             metrics |= self._correct_previous(self._pipo, rollout, returns)
         metrics |= self._optimise(rollout)
         self._likelihood.end_rollout()
-        self.actor_critic.normalizer.update(batch["observation"])
+        if self.actor_critic.learns_statistics:
+            self.actor_critic.normalizer.update(batch["observation"])
         metrics["policy/learning_rate"] = torch.tensor(self._actor_optimizer.learning_rate)
         metrics["skipped_updates"] = torch.tensor(float(self.skipped))
         return metrics

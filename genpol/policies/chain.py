@@ -22,6 +22,10 @@ from genpol.policies.denoiser import flatten_chunk
 from genpol.policies.diffusion import DiffusionPolicy
 from genpol.policies.flow import FlowPolicy
 from genpol.policies.gaussian import log_prob
+from genpol.policies.noisy_flow import NoisyFlow
+
+Stochastic = FlowPolicy | DiffusionPolicy | NoisyFlow
+"""Policies whose denoising steps are, or can be made, random; a noisy flow's noise is its own."""
 
 SCHEDULES = ("tapered", "constant")
 CORRECTIONS = ("marginal", "official", "none")
@@ -29,7 +33,7 @@ CORRECTIONS = ("marginal", "official", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class ChainSettings:
-    """The noise of a denoising chain."""
+    """The noise of a denoising chain; of a noisy flow only `noise_clip` counts."""
 
     sigma: float = 0.05
     """Noise of a flow's steps, see `schedule`; the least standard deviation of a diffusion model's,
@@ -61,10 +65,12 @@ class Chain:
         settings: Its noise.
     """
 
-    def __init__(self, policy: FlowPolicy | DiffusionPolicy, settings: ChainSettings) -> None:
+    def __init__(self, policy: Stochastic, settings: ChainSettings) -> None:
         self.settings = settings
-        self._options: dict[str, Any] = {"sigma": settings.sigma}
-        if isinstance(policy, FlowPolicy):
+        self._options: dict[str, Any] = {}
+        if isinstance(policy, DiffusionPolicy):
+            self._options = {"sigma": settings.sigma}
+        elif isinstance(policy, FlowPolicy):
             constant = [settings.sigma] * policy.num_steps
             self._options = {
                 "sigma": settings.sigma if settings.schedule == "tapered" else constant,
@@ -98,7 +104,7 @@ class Chain:
 
     def sample(
         self,
-        policy: FlowPolicy | DiffusionPolicy,
+        policy: Stochastic,
         observation: Tensor,
         noise: Tensor,
         step_noise: Tensor,
@@ -114,7 +120,7 @@ class Chain:
         return policy.chain(observation, noise, step_noise, **self._options)
 
     def transitions(
-        self, policy: FlowPolicy | DiffusionPolicy, observation: Tensor, states: Tensor
+        self, policy: Stochastic, observation: Tensor, states: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return means ``[..., K, D]`` and standard deviations ``[K, 1]`` of flattened actions.
 
@@ -127,7 +133,7 @@ class Chain:
 
     def log_prob(
         self,
-        policy: FlowPolicy | DiffusionPolicy,
+        policy: Stochastic,
         observation: Tensor,
         states: Tensor,
         *,

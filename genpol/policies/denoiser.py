@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,33 @@ Field = Callable[[Tensor, int], Tensor]
 """A network on a sampler's grid: ``(x, step) -> output`` for flattened actions ``[..., H * A]``."""
 
 
-class Denoiser(nn.Module):
+class DenoisingNetwork(nn.Module, ABC):
+    """A network of observation, noised action and time, as flow and diffusion policies need it.
+
+    Attributes:
+        past_steps: Actions of the past that it models with a chunk, which stand at the chunk's end
+            and are neither carried out nor learned.
+    """
+
+    past_steps: int = 0
+
+    @abstractmethod
+    def forward(self, observation: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """Evaluate at ``x`` ``[..., x_dim]`` and ``time`` ``[..., 1]``; leading dims broadcast."""
+
+    @abstractmethod
+    def on_grid(self, observation: Tensor, times: Tensor) -> Field:
+        """Return ``(x, step) -> output`` at ``times[step]``, with ``times`` ``[steps, 1]``.
+
+        What does not depend on x is computed here, once.
+        """
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew."""
+
+
+class Denoiser(DenoisingNetwork):
     """An MLP on ``concat(observation, x, time embedding)`` with its first layer split in three.
 
     The first layer is linear, so it is the sum of a part for each input. A sampler computes the
@@ -65,6 +92,10 @@ class Denoiser(nn.Module):
             output_gain=0.0 if zero_init else 1.0,
             generator=generator,
         )
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew."""
+        self.mlp.reset_parameters(generator)
 
     def observation_part(self, observation: Tensor) -> Tensor:
         """Return the observation's share of the first layer, bias included: ``[..., width]``."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from genpol.nn.normalizer import RunningNormalizer
 from genpol.policies.denoiser import (
     Denoiser,
+    DenoisingNetwork,
     Field,
     clean_rows,
     flatten_chunk,
@@ -44,7 +45,8 @@ class DiffusionPolicy(nn.Module):
         schedule: Noise levels, from :mod:`genpol.policies.schedules`.
         prediction: ``"epsilon"``, ``"sample"``, ``"v_prediction"``, or GoRL's ``"epsilon_delta"``,
             with which a zero network sampling every level by DDIM is the identity.
-        sampler: ``"ddim"`` or ``"ddpm"``.
+        sampler: ``"ddim"``, ``"ddim_unclipped"`` or ``"ddpm"``; see
+            :func:`~genpol.policies.schedules.denoising_steps`.
         eta: Noise of DDIM, 0 for a deterministic sampler.
         clip: Bound on the absolute clean estimate in every step; ``None`` for none.
         horizon: Actions H per chunk. Above 1 every action and noise is ``[..., H, A]``.
@@ -55,11 +57,15 @@ class DiffusionPolicy(nn.Module):
         zero_init: Start with a zero output.
         output_scale: Constant factor on the network's output (0.25 in GoRL's ``epsilon_delta``).
         generator: Source of the initial weights.
+        network: Used instead of the MLP that ``hidden`` and those from ``time_embedding_dim`` on
+            describe.
 
     Attributes:
         normalizer: Observation statistics, to be updated or set by whoever owns the data.
         action_shape: Trailing shape of actions and noise: ``(A,)`` or ``(H, A)``.
         num_steps: Default number of sampling steps.
+        num_draws: Draws of noise that a sample takes: one, or 1 + K where the K steps have noise.
+        past_steps: See :class:`~genpol.policies.denoiser.DenoisingNetwork`.
     """
 
     alpha_bar: Tensor
@@ -85,6 +91,7 @@ class DiffusionPolicy(nn.Module):
         zero_init: bool = True,
         output_scale: float = 1.0,
         generator: torch.Generator | None = None,
+        network: DenoisingNetwork | None = None,
     ) -> None:
         super().__init__()
         at_least("horizon", horizon, 1)
@@ -99,19 +106,25 @@ class DiffusionPolicy(nn.Module):
         self.action_shape = (horizon, action_dim) if horizon > 1 else (action_dim,)
         # Plain numbers, not buffers: indexing a tensor in the loop costs more than the arithmetic.
         self.steps = self._steps(schedule.steps)
+        self.num_draws = 1 + self.num_steps * any(step.std > 0 for step in self.steps)
         self.normalizer = RunningNormalizer(observation_dim)
-        self.denoiser = Denoiser(
-            observation_dim,
-            horizon * action_dim,
-            hidden,
-            time_embedding_dim=time_embedding_dim,
-            activation=activation,
-            layer_norm=layer_norm,
-            init=init,
-            zero_init=zero_init,
-            output_scale=output_scale,
-            generator=generator,
+        self.denoiser: DenoisingNetwork = (
+            network
+            if network is not None
+            else Denoiser(
+                observation_dim,
+                horizon * action_dim,
+                hidden,
+                time_embedding_dim=time_embedding_dim,
+                activation=activation,
+                layer_norm=layer_norm,
+                init=init,
+                zero_init=zero_init,
+                output_scale=output_scale,
+                generator=generator,
+            )
         )
+        self.past_steps = self.denoiser.past_steps
         slopes = delta_slopes(schedule) if prediction == "epsilon_delta" else (0.0,)
         self.register_buffer("alpha_bar", torch.tensor(schedule.alpha_bar), persistent=False)
         self.register_buffer("level_time", torch.tensor(schedule.time), persistent=False)
@@ -121,7 +134,7 @@ class DiffusionPolicy(nn.Module):
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew and forget the observation statistics."""
-        self.denoiser.mlp.reset_parameters(generator)
+        self.denoiser.reset_parameters(generator)
         self.normalizer.reset()
 
     def field(self, observation: Tensor, num_steps: int | None = None) -> Field:
@@ -273,6 +286,8 @@ class DiffusionPolicy(nn.Module):
         x = flatten_chunk(chain, self.horizon)[..., :-1, :]
         table = torch.tensor([step[1:] for step in self.steps], device=x.device, dtype=x.dtype)
         step = DenoisingStep(0, *table.unsqueeze(-1).unbind(1))  # type: ignore[arg-type]
+        if all(own.mean_o == 0.0 for own in self.steps):
+            step = step._replace(mean_o=0.0)
         levels = torch.tensor([step.level for step in self.steps], device=x.device).unsqueeze(-1)
         output = self._output(observation.unsqueeze(-2), x, levels)
         std = torch.as_tensor(step.std).clamp_min(sigma)
@@ -306,7 +321,10 @@ def transition_mean(x: Tensor, output: Tensor, step: DenoisingStep, clip: float 
     if clip is None:
         return step.direct_x * x + step.direct_o * output
     clean = (step.clean_x * x + step.clean_o * output).clamp(-clip, clip)
-    return step.mean_x * x + step.mean_clean * clean
+    mean = step.mean_x * x + step.mean_clean * clean
+    if isinstance(step.mean_o, float) and step.mean_o == 0.0:
+        return mean
+    return mean + step.mean_o * output
 
 
 def denoise(

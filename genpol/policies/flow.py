@@ -15,6 +15,7 @@ from genpol.errors import ConfigError
 from genpol.nn.normalizer import RunningNormalizer
 from genpol.policies.denoiser import (
     Denoiser,
+    DenoisingNetwork,
     Field,
     clean_rows,
     flatten_chunk,
@@ -27,6 +28,9 @@ from genpol.settings import at_least, one_of
 
 Solver = Literal["euler", "heun"]
 Correction = Literal["marginal", "official", "none"]
+TimeGrid = Literal["left", "closed"]
+
+TIME_GRIDS = ("left", "closed")
 
 # (t v - x) / (1 - t) is 0/0 at t = 1, and an error e of the velocity enters it as t e / (1 - t).
 LATEST_SCORE_TIME = 1.0 - 1e-3
@@ -49,13 +53,21 @@ class FlowPolicy(nn.Module):
         zero_init: Start with zero velocity: a sample is its noise, bit for bit.
         output_scale: Constant factor on the network's output.
         generator: Source of the initial weights.
+        network: Used instead of the MLP that ``hidden`` and those from ``time_embedding_dim`` on
+            describe.
+        spread: Times at which the network is asked, see :func:`time_grid`.
+        state_clip: Bound on the absolute states behind every step of :meth:`sample`; guidance and
+            chains, which have bounds of their own, leave it out.
 
     Attributes:
         normalizer: Observation statistics, to be updated or set by whoever owns the data.
         action_shape: Trailing shape of actions and noise: ``(A,)`` or ``(H, A)``.
+        num_draws: Draws of noise that a sample takes: one.
+        past_steps: See :class:`~genpol.policies.denoiser.DenoisingNetwork`.
     """
 
     grid: Tensor
+    num_draws = 1
 
     def __init__(
         self,
@@ -73,33 +85,44 @@ class FlowPolicy(nn.Module):
         zero_init: bool = True,
         output_scale: float = 1.0,
         generator: torch.Generator | None = None,
+        network: DenoisingNetwork | None = None,
+        spread: TimeGrid = "left",
+        state_clip: float | None = None,
     ) -> None:
         super().__init__()
         at_least("horizon", horizon, 1)
         at_least("num_steps", num_steps, 1)
         one_of("solver", solver, ("euler", "heun"))
+        one_of("spread", spread, TIME_GRIDS)
         self.horizon = horizon
         self.num_steps = num_steps
         self.solver: Solver = solver
+        self.spread: TimeGrid = spread
+        self.state_clip = state_clip
         self.action_shape = (horizon, action_dim) if horizon > 1 else (action_dim,)
         self.normalizer = RunningNormalizer(observation_dim)
-        self.net = Denoiser(
-            observation_dim,
-            horizon * action_dim,
-            hidden,
-            time_embedding_dim=time_embedding_dim,
-            activation=activation,
-            layer_norm=layer_norm,
-            init=init,
-            zero_init=zero_init,
-            output_scale=output_scale,
-            generator=generator,
+        self.net: DenoisingNetwork = (
+            network
+            if network is not None
+            else Denoiser(
+                observation_dim,
+                horizon * action_dim,
+                hidden,
+                time_embedding_dim=time_embedding_dim,
+                activation=activation,
+                layer_norm=layer_norm,
+                init=init,
+                zero_init=zero_init,
+                output_scale=output_scale,
+                generator=generator,
+            )
         )
-        self.register_buffer("grid", time_grid(num_steps), persistent=False)
+        self.past_steps = self.net.past_steps
+        self.register_buffer("grid", time_grid(num_steps, spread), persistent=False)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew and forget the observation statistics."""
-        self.net.mlp.reset_parameters(generator)
+        self.net.reset_parameters(generator)
         self.normalizer.reset()
 
     def velocity(self, observation: Tensor, x: Tensor, time: Tensor) -> Tensor:
@@ -113,19 +136,19 @@ class FlowPolicy(nn.Module):
         Guidance wraps this function and passes the result to :func:`integrate`. It works on
         flattened actions ``[..., H * A]``, at steps 0 to ``num_steps`` inclusive.
         """
-        grid = self.grid if num_steps is None else time_grid(num_steps).to(self.grid)
-        return self.net.on_grid(self.normalizer(observation), grid)
+        return self.net.on_grid(self.normalizer(observation), self._grid(num_steps))
 
     def sample(self, observation: Tensor, noise: Tensor, *, num_steps: int | None = None) -> Tensor:
         """Integrate the flow from ``noise`` to an action of the same shape.
 
-        Nothing is clipped or squashed, and no step is stochastic. Gradients flow to observation,
-        noise and weights unless they are switched off.
+        Nothing is squashed, nor clipped unless there is a ``state_clip``, and no step is
+        stochastic. Gradients flow to observation, noise and weights unless they are switched off.
         """
         steps = self.num_steps if num_steps is None else num_steps
         at_least("num_steps", steps, 1)
         flat = flatten_chunk(noise, self.horizon)
-        x = integrate(self.field(observation, num_steps), flat, steps, self.solver)
+        field = self.field(observation, num_steps)
+        x = integrate(field, flat, steps, self.solver, clip=self.state_clip)
         return unflatten_chunk(x, self.horizon)
 
     def sampling_steps(self, num_steps: int | None = None) -> list[DenoisingStep]:
@@ -263,7 +286,7 @@ class FlowPolicy(nn.Module):
         """Return means ``[..., K, H * A]`` and standard deviations ``[K, 1]`` of the steps."""
         x = flatten_chunk(chain, self.horizon)[..., :-1, :]
         steps = sde_steps(x.shape[-2], sigma, correction)
-        time = time_grid(len(steps)).to(self.grid)[:-1]
+        time = self._grid(len(steps))[:-1]
         velocity = self._flat_velocity(observation.unsqueeze(-2), x, time)
         keep, gain, std = (
             torch.tensor(steps, device=x.device, dtype=x.dtype).unsqueeze(-1).unbind(1)
@@ -271,14 +294,27 @@ class FlowPolicy(nn.Module):
         mean = keep * x + gain * velocity
         return (mean if clip is None else mean.clamp(-clip, clip)), std
 
+    def _grid(self, num_steps: int | None) -> Tensor:
+        if num_steps is None:
+            return self.grid
+        return time_grid(num_steps, self.spread).to(self.grid)
+
     def _flat_velocity(self, observation: Tensor, flat: Tensor, time: Tensor) -> Tensor:
         out: Tensor = self.net(self.normalizer(observation), flat, time)
         return out
 
 
-def time_grid(num_steps: int) -> Tensor:
-    """Return the solver's times ``[num_steps + 1, 1]``, from 0 to 1."""
-    return (torch.arange(num_steps + 1) / num_steps).unsqueeze(-1)
+def time_grid(num_steps: int, spread: TimeGrid = "left") -> Tensor:
+    """Return the solver's times ``[num_steps + 1, 1]``, from 0 to 1.
+
+    Args:
+        num_steps: Steps K.
+        spread: ``"left"``: ``i / K``, where each step begins. ``"closed"``: the K steps ask at
+            ``i / (K - 1)``, the last of them at 1, as ReinFlow's code does.
+    """
+    if spread == "left":
+        return (torch.arange(num_steps + 1) / num_steps).unsqueeze(-1)
+    return torch.cat((torch.linspace(0.0, 1.0, num_steps), torch.ones(1))).unsqueeze(-1)
 
 
 def euler_steps(num_steps: int) -> list[DenoisingStep]:
@@ -306,8 +342,23 @@ def euler_steps(num_steps: int) -> list[DenoisingStep]:
     return steps
 
 
-def integrate(field: Field, noise: Tensor, num_steps: int, solver: Solver = "euler") -> Tensor:
-    """Solve ``dx/dt = field(x, step)`` from ``noise`` at t = 0 to t = 1 in equal steps."""
+def integrate(
+    field: Field,
+    noise: Tensor,
+    num_steps: int,
+    solver: Solver = "euler",
+    *,
+    clip: float | None = None,
+) -> Tensor:
+    """Solve ``dx/dt = field(x, step)`` from ``noise`` at t = 0 to t = 1 in equal steps.
+
+    Args:
+        field: The velocity.
+        noise: Initial state ``[..., D]``.
+        num_steps: Steps.
+        solver: See :class:`FlowPolicy`.
+        clip: Bound on the absolute state behind every step.
+    """
     x, dt = noise, 1.0 / num_steps
     for step in range(num_steps):
         velocity = field(x, step)
@@ -315,6 +366,7 @@ def integrate(field: Field, noise: Tensor, num_steps: int, solver: Solver = "eul
             ahead = field(torch.add(x, velocity, alpha=dt), step + 1)
             velocity = 0.5 * (velocity + ahead)
         x = torch.add(x, velocity, alpha=dt)
+        x = x if clip is None else x.clamp(-clip, clip)
     return x
 
 

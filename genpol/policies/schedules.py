@@ -15,7 +15,9 @@ from genpol.errors import ConfigError
 from genpol.settings import one_of
 
 Prediction = Literal["epsilon", "epsilon_delta", "sample", "v_prediction"]
-Sampler = Literal["ddim", "ddpm"]
+Sampler = Literal["ddim", "ddim_unclipped", "ddpm"]
+PREDICTIONS = ("epsilon", "epsilon_delta", "sample", "v_prediction")
+SAMPLERS = ("ddim", "ddim_unclipped", "ddpm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Schedule:
 
     Attributes:
         alpha_bar: Signal power of each of the T levels, cleanest first, each in (0, 1].
-        time: What the network is told at each level, in [0, 1].
+        time: What the network is told at each level: a share in [0, 1], or the level itself.
         steps: Levels at which sampling evaluates the network, noisiest first.
         final_alpha_bar: Signal power behind the last step.
     """
@@ -125,9 +127,10 @@ class DenoisingStep(NamedTuple):
     """Coefficients of one sampling step from ``x`` with network output ``o``.
 
     Clean estimate ``clean_x x + clean_o o``, possibly clipped; transition mean
-    ``mean_x x + mean_clean clean``. Without clipping the mean is ``direct_x x + direct_o o``.
-    ``time`` is the share of the action in x, from 0 (noise) to 1: where x is
-    ``signal a + spread eps``, it is ``signal / (signal + spread)``, the time of a flow's path.
+    ``mean_x x + mean_clean clean + mean_o o``. Without clipping the mean is
+    ``direct_x x + direct_o o``. ``time`` is the share of the action in x, from 0 (noise) to 1:
+    where x is ``signal a + spread eps``, it is ``signal / (signal + spread)``, the time of a flow's
+    path.
     """
 
     level: int
@@ -139,6 +142,7 @@ class DenoisingStep(NamedTuple):
     direct_o: float
     std: float
     time: float
+    mean_o: float = 0.0
 
 
 def delta_slopes(schedule: Schedule) -> tuple[float, ...]:
@@ -168,8 +172,9 @@ def denoising_steps(
     """Compute the coefficients of all sampling steps, in double precision.
 
     Sources: DDIM, arXiv 2010.02502, equations 12 and 16, with epsilon recomputed from the clipped
-    clean estimate (diffusers' ``use_clipped_model_output``); DDPM, arXiv 2006.11239, equation 7
-    with the posterior variance ("fixed_small").
+    clean estimate (diffusers' ``use_clipped_model_output``) or, ``ddim_unclipped``, as it was
+    before the clip, which is diffusers' default; DDPM, arXiv 2006.11239, equation 7 with the
+    posterior variance ("fixed_small").
 
     Args:
         schedule: The noise levels.
@@ -181,8 +186,8 @@ def denoising_steps(
     Raises:
         ConfigError: If a visited level is free of noise.
     """
-    one_of("prediction", prediction, ("epsilon", "epsilon_delta", "sample", "v_prediction"))
-    one_of("sampler", sampler, ("ddim", "ddpm"))
+    one_of("prediction", prediction, PREDICTIONS)
+    one_of("sampler", sampler, SAMPLERS)
     levels = schedule.steps if levels is None else levels
     slopes = delta_slopes(schedule)
     onwards = [*(schedule.alpha_bar[level] for level in levels[1:]), schedule.final_alpha_bar]
@@ -196,9 +201,14 @@ def denoising_steps(
         mean_x, mean_clean, std = _kernel(abar, following, sampler, eta)
         # Step by step these two cancel badly where abar is small, hence the doubles.
         direct_x, direct_o = mean_x + mean_clean * clean_x, mean_clean * clean_o
+        mean_o = 0.0
+        if sampler == "ddim_unclipped":  # epsilon's share of the mean is x's and the output's
+            mean_clean = math.sqrt(following)
+            mean_x, mean_o = direct_x - mean_clean * clean_x, direct_o - mean_clean * clean_o
         signal, spread = math.sqrt(abar), math.sqrt(1.0 - abar)
         step = (clean_x, clean_o, mean_x, mean_clean, direct_x, direct_o, std)
-        steps.append(DenoisingStep(level, *step, time=signal / (signal + spread)))
+        time = signal / (signal + spread)
+        steps.append(DenoisingStep(level, *step, time=time, mean_o=mean_o))
     return steps
 
 

@@ -64,7 +64,7 @@ class Training:
         make_env: Makes the environments of training and evaluation.
         settings: When to evaluate, save and stop.
         run: Where everything is written.
-        dataset: What a :class:`~genpol.agent.DatasetAgent` learns from.
+        dataset: What a :class:`~genpol.agent.DatasetAgent` learns from; ``None`` if it need not.
     """
 
     def __init__(
@@ -368,7 +368,7 @@ class Training:
 def _make_windows(
     agent: Agent, settings: TrainSettings, dataset: OfflineDataset | None
 ) -> WindowSampler | None:
-    if not isinstance(agent, DatasetAgent):
+    if not isinstance(agent, DatasetAgent) or (dataset is None and not agent.needs_data):
         return None
     assert dataset is not None
     return WindowSampler(dataset, agent.window, seed=derive(settings.seed, "windows"))
@@ -382,7 +382,7 @@ def _make_replay(
         return Replay(agent.replay_capacity, seed=seed)
     if not isinstance(agent, ReplayAgent | DatasetAgent) or agent.window is None:
         return None
-    if isinstance(agent, DatasetAgent) and settings.online_steps == 0:
+    if windows is not None and settings.online_steps == 0:
         return None
     return SequenceReplay(
         agent.window,
@@ -391,6 +391,7 @@ def _make_replay(
         seed=seed,
         offline=windows,
         successes=agent.successes if isinstance(agent, ReplayAgent) else 0,
+        offline_share=agent.offline_share if isinstance(agent, DatasetAgent) else None,
     )
 
 

@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 import genpol
 from genpol.data.staging import staged
 from genpol.errors import CheckpointError
-from genpol.pretrained import MODEL_SETTINGS, PretrainedPolicy
+from genpol.pretrained import FIRST_MODEL_SETTINGS, PretrainedPolicy, complete
 
 WEIGHTS = "weights.safetensors"
 RECORD = "policy.json"
 CARD = "README.md"
 FORMAT = "genpol.policy"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": dict,
@@ -45,6 +45,13 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "control_period_s": (int, float),
     "data": dict,
     "success": dict,
+}
+# What folders of the first policies lack.
+_LATER_FIELDS: dict[str, Any] = {
+    "observation_steps": 1,
+    "observation_clip": 10.0,
+    "action_low": None,
+    "action_high": None,
 }
 
 
@@ -67,7 +74,7 @@ def write(target: Path, policy: PretrainedPolicy) -> None:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "genpol_version": genpol.__version__,
-            **{name: getattr(policy, name) for name in _FIELDS},
+            **{name: getattr(policy, name) for name in (*_FIELDS, *_LATER_FIELDS)},
             "statistics": _numbers(policy.statistics),
             "weights_sha256": _sha256(folder / WEIGHTS),
         }
@@ -98,7 +105,9 @@ def read(path: Path) -> PretrainedPolicy:
             name: torch.tensor(statistics[name], dtype=torch.float64) for name in ("mean", "std")
         }
     return PretrainedPolicy(
-        weights=weights, statistics=statistics, **{name: record[name] for name in _FIELDS}
+        weights=weights,
+        statistics=statistics,
+        **{name: record[name] for name in (*_FIELDS, *_LATER_FIELDS)},
     )
 
 
@@ -124,14 +133,16 @@ def read_record(path: Path) -> dict[str, Any]:
             "update genpol"
         )
     _check(record, file)
-    return record
+    _check_bounds(record, file)
+    later = {name: record.get(name, default) for name, default in _LATER_FIELDS.items()}
+    return {**record, **later, "model": complete(record["model"])}
 
 
 def _check(record: Mapping[str, Any], file: Path) -> None:
     for name, kind in {**_FIELDS, "weights_sha256": str}.items():
         if not isinstance(record.get(name), kind):
             raise CheckpointError(f"{file}: {name} is missing, or not what it should be")
-    missing = [name for name in MODEL_SETTINGS if name not in record["model"]]
+    missing = [name for name in FIRST_MODEL_SETTINGS if name not in record["model"]]
     if missing:
         raise CheckpointError(f"{file}: model has no {missing[0]}")
     statistics, width = record.get("statistics"), record["observation_dim"]
@@ -152,6 +163,27 @@ def _check(record: Mapping[str, Any], file: Path) -> None:
             )
 
 
+def _check_bounds(record: Mapping[str, Any], file: Path) -> None:
+    bounds = [record.get("action_low"), record.get("action_high")]
+    for name, own in zip(("action_low", "action_high"), bounds, strict=True):
+        if own is None and bounds == [None, None]:
+            continue
+        if not isinstance(own, list) or not all(map(_is_number, own)):
+            raise CheckpointError(f"{file}: {name} is no list of numbers")
+        if len(own) != record["action_dim"]:
+            raise CheckpointError(
+                f"{file}: {name} has {len(own)} numbers, the action {record['action_dim']}"
+            )
+    steps, clip = record.get("observation_steps", 1), record.get("observation_clip", 10.0)
+    if not isinstance(steps, int) or steps < 1 or record["observation_dim"] % steps:
+        raise CheckpointError(
+            f"{file}: observation_steps = {steps} does not divide the observation of width "
+            f"{record['observation_dim']}"
+        )
+    if clip is not None and not (_is_number(clip) and clip > 0):
+        raise CheckpointError(f"{file}: observation_clip = {clip} is no bound")
+
+
 def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and math.isfinite(x)
 
@@ -159,23 +191,32 @@ def _is_number(x: Any) -> bool:
 def card(name: str, policy: PretrainedPolicy) -> str:
     """Return the card of a policy, in Markdown."""
     model, width = policy.model, "x".join(str(x) for x in policy.model["actor"]["hidden"])
+    # Other libraries name environments as they please.
+    env = "<name>" if "format" in policy.data else policy.env.split()[0]
     return (
         f"# {name}\n\n"
         f"A {model['denoiser']} policy for `{policy.env}`, made with genpol {genpol.__version__}.\n"
         "\n| | |\n|---|---|\n"
         f"| observation | {policy.observation_dim} numbers"
+        f"{f', of {policy.observation_steps} steps' * (policy.observation_steps > 1)}"
         f"{', standardised' if policy.statistics is not None else ''} |\n"
         f"| action | {policy.action_dim} numbers in [-1, 1] |\n"
-        f"| period | {policy.control_period_s:g} s |\n"
+        f"| period | {_period(policy)} |\n"
         f"| chunk | {model['horizon']} actions, {policy.action_steps} carried out |\n"
         f"| solver | {model['solver_steps']} steps |\n"
-        f"| network | {width} |\n"
+        f"| network | {model.get('network', 'mlp')} {width} |\n"
         f"| learned from | {_listed(policy.data)} |\n"
         f"| measured | {_listed(policy.success)} |\n\n"
         "```\n"
-        f"genpol train env={policy.env.split()[0]} agent=ogpo init={name}\n"
+        f"genpol train env={env}"
+        f"{f' env.observation_steps={policy.observation_steps}' * (policy.observation_steps > 1)}"
+        f" agent=ogpo init={name}\n"
         "```\n"
     )
+
+
+def _period(policy: PretrainedPolicy) -> str:
+    return f"{policy.control_period_s:g} s" if policy.control_period_s else "not told"
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Check the bounds."""
         within("seed", self.seed, 0, 2**63 - 1)
-        positive("total_steps", self.total_steps)
+        at_least("total_steps", self.total_steps, 0 if self.online_steps > 0 else 1)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device = {self.device!r}: must be cpu, cuda or cuda:<index>")
         at_least("online_steps", self.online_steps, 0)

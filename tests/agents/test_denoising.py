@@ -11,11 +11,12 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from genpol import agents
 from genpol.agent import Specs
-from genpol.agents.dppo import ChainLikelihood, clip_schedule
 from genpol.agents.dppo import Settings as DPPOSettings
+from genpol.agents.dppo import make_likelihood
 from genpol.agents.fpo import FlowMatchingLikelihood
 from genpol.agents.fpo import Settings as FPOSettings
 from genpol.errors import ConfigError
+from genpol.on_policy.chain_likelihood import clip_schedule
 
 ENVS, STEPS = 8, 6
 SPECS = Specs(observation_dim=3, action_dim=2, num_envs=ENVS)
@@ -168,7 +169,8 @@ def transitions(agent, batch):
 
 def densities(agent, batch, **settings):
     actor = agent.learner.actor_critic.actor
-    likelihood = ChainLikelihood(actor, DPPOSettings(**(SMALL | settings)))
+    options = DPPOSettings(**(SMALL | settings))
+    likelihood = make_likelihood(actor, agent.policy._chain, options)
     return likelihood.keep(batch, batch["observation"])["log_prob"]
 
 
@@ -193,7 +195,7 @@ def test_the_divergence_of_two_chains_is_that_of_their_means():
     agent = make("dppo", surrogate="mdpo", ratio="path")
     batch = rollout(agent)
     actor = agent.learner.actor_critic.actor
-    likelihood = ChainLikelihood(actor, agent.settings)
+    likelihood = make_likelihood(actor, agent.policy._chain, agent.settings)
     rows = likelihood.keep(batch, batch["observation"])
     assert likelihood.evaluate(rows).divergence().abs().max() < 1e-6
     rows["mean"] = rows["mean"] + 0.05  # one standard deviation, 10 steps, 2 dimensions
@@ -212,7 +214,8 @@ def test_the_noisiest_step_is_clipped_the_most():
 
 def test_a_step_counts_less_the_farther_it_is_from_the_action():
     agent = make("dppo", denoising_discount=0.5, solver_steps=3)
-    likelihood = ChainLikelihood(agent.learner.actor_critic.actor, agent.settings)
+    actor = agent.learner.actor_critic.actor
+    likelihood = make_likelihood(actor, agent.policy._chain, agent.settings)
     batch = rollout(agent)
     rows = likelihood.keep(batch, batch["observation"])
     assert likelihood.evaluate(rows).step_weight.tolist() == [0.25, 0.5, 1.0]

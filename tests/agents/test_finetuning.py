@@ -181,9 +181,9 @@ def test_a_policy_can_be_given_and_taken(name):
     ours = taker.actor.sample(taker.encode(seen), noise)
     theirs = giver.behaviour.sample(giver.encode(seen), noise)
     torch.testing.assert_close(ours, theirs)
-    policy.check(taker, 0.02, "toy")
+    policy.check(taker.specs, 0.02, "toy")
     with pytest.raises(ConfigError, match=r"control period in s of 0.02 \(the environment: 0.05\)"):
-        policy.check(taker, 0.05, "toy")
+        policy.check(taker.specs, 0.05, "toy")
 
 
 def test_a_policy_of_another_shape_is_refused():

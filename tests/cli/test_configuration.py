@@ -193,7 +193,7 @@ def test_wrong_types(refused: Refused, override: str, message: str) -> None:
         ("agent.learning_rate=nan", "agent.learning_rate = nan: must be > 0"),
         ("agent.decoder.steps=0", "agent.decoder.steps = 0: must be > 0"),
         ("seed=-1", "seed = -1: must lie in [0, "),
-        ("total_steps=0", "total_steps = 0: must be > 0"),
+        ("total_steps=0", "total_steps = 0: must be >= 1"),
         ("num_envs=0", "num_envs = 0: must be >= 1"),
         ("num_threads=-1", "num_threads = -1: must be >= 0"),
         ("evaluation.episodes=0", "evaluation.episodes = 0: must be >= 1"),

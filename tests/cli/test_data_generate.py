@@ -46,8 +46,9 @@ class FakeGeneration:
                 return False
         return True
 
-    def finish(self) -> None:
+    def finish(self) -> dict[Path, int]:
         self.calls.append("finish")
+        return {self.output: 2_000_000, self.validation_output: 123}
 
     def close(self) -> None:
         self.calls.append("close")
@@ -57,7 +58,7 @@ class FakeGeneration:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeGeneration]:
     pytest.importorskip("gymnasium")
     monkeypatch.setattr(FakeGeneration, "made", [], raising=False)
-    monkeypatch.setattr("genpol.envs.ogbench_generation.Generation", FakeGeneration)
+    monkeypatch.setattr("genpol.envs.generation.Generation", FakeGeneration)
     return FakeGeneration
 
 
@@ -73,9 +74,9 @@ def test_all_has_a_default_but_the_environment(
     assert generation.calls == ["finish", "close"]
     out = capsys.readouterr().out
     assert "going on after 2 of 1100 episodes" in out
-    assert "1.1M/1.1M transitions" in out
-    assert "datasets/cube-single-play-v0.npz: 1,000,000 transitions" in out
-    assert "datasets/cube-single-play-v0-val.npz: 100,000 transitions" in out
+    assert "1.1k/1.1k episodes" in out
+    assert "datasets/cube-single-play-v0.npz: 2,000,000 transitions" in out
+    assert "datasets/cube-single-play-v0-val.npz: 123 transitions" in out
 
 
 def test_settings_are_read(fake: type[FakeGeneration]) -> None:

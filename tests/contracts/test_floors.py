@@ -26,6 +26,7 @@ FLOORS = {
     "genpol.pretrained": 3,
     "genpol.finetuning": 3,
     "genpol.world_model": 3,
+    "genpol.foreign": 4,
     "genpol.training": 4,
     "genpol.report": 4,
     "genpol.deploy": 4,

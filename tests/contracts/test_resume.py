@@ -65,6 +65,30 @@ FINETUNING = {
     "critic": NetworkSettings(hidden=[16]),
 }
 CHAINS = {"preset": "ogpo", "policy_batch_size": 8, "group_size": 2, "policy_period": 2}
+WORLD_MODEL = {
+    "rollout_steps": 7,
+    "warmup_steps": 150,
+    "updates_per_step": 0.02,
+    "batch_size": 8,
+    "replay_capacity": 500,
+    "encoder_dim": 8,
+    "mlp_dim": 8,
+    "latent_dim": 8,
+    "num_critics": 3,
+    "num_plans": 8,
+    "num_elites": 4,
+    "num_policy_plans": 2,
+    "diagnostics_interval": 10,
+    "horizon": 2,
+}
+SEARCHES = {
+    "diffusion_steps": 3,
+    "energy_warmup": 5,
+    "score_network": True,
+    "score_rows": 4,
+    "score_samples": 4,
+    "value_target": "score",
+}
 SETTINGS = {
     "ogpo": FINETUNING | CHAINS,
     "best_of_n": FINETUNING | {"best_of": 2},
@@ -73,6 +97,7 @@ SETTINGS = {
     "ppo": SMALL,
     "fpo": DENOISING | {"solver_steps": 3, "pairs": 2},
     "dppo": DENOISING | {"solver_steps": 3},
+    "reinflow": DENOISING | {"solver_steps": 3, "wasserstein_coefficient": 0.1},
     "bpo": SMALL,
     "mdpo": SMALL | {"critic_minibatches": 4},
     "gorl": SMALL | STAGES,
@@ -80,7 +105,10 @@ SETTINGS = {
     "harpg": ONE_GRADIENT,
     "sac": REPLAY,
     "mdpo_off_policy": REPLAY | {"critic": "v", "reference_period": 200},
+    "tdmpc2": WORLD_MODEL | {"iterations": 2},
+    "mbdpo": WORLD_MODEL | SEARCHES,
 }
+FROM_POLICY = {"actor": NetworkSettings(hidden=[16], layer_norm="none")}
 REMEMBERING = {
     "surrogate": "r2vpo",
     "pipo": PIPOSettings(enabled=True, window=2, min_episodes=1, gate=0.0),
@@ -126,7 +154,10 @@ def rows(training, name):
         *[("ppo", 448, {}), ("gorl", 224, {}), ("gorl", 448, {}), ("gorl", 896, {})],
         # in the warm-up; with a replay that has begun to overwrite
         *[("bpo", 448, {}), ("mdpo", 448, {}), ("fpo", 448, {}), ("dppo", 448, {})],
+        *[(name, 448, FROM_POLICY) for name in ("dppo", "reinflow")],
         *[("sac", 112, {}), ("sac", 672, {}), ("mdpo_off_policy", 672, {})],
+        # in the warm-up; in the midst of episodes, whose plans go on
+        *[("tdmpc2", 112, {}), ("mbdpo", 672, {})],
         ("ppo", 672, REMEMBERING),
         # in the midst of chunks, of which two of three actions are carried out
         *[(name, 688, {}) for name in ("ogpo", "best_of_n", "dsrl", "residual")],

@@ -25,6 +25,19 @@ SMALL = {
     "normalize_observations": True,
 }
 FLOW = SMALL | {"solver_steps": 2}
+WORLD_MODEL = {
+    "batch_size": 8,
+    "horizon": 2,
+    "warmup_steps": 64,
+    "catch_up": False,
+    "updates_per_step": 0.2,
+    "encoder_dim": 8,
+    "mlp_dim": 8,
+    "latent_dim": 8,
+    "num_critics": 3,
+    "act": "policy",
+    "offline_share": 0.5,
+}
 SETTINGS = {
     "bc": FLOW,
     "iql": SMALL,
@@ -33,7 +46,9 @@ SETTINGS = {
     "dqc": FLOW | {"horizon": 4, "chunk": 2},
     "qgf": FLOW,
     "fisher_decorator": FLOW | {"num_scores": 2, "zero_init": False},
+    "rlpd": SMALL | {"num_critics": 3},
     "cdsa": SMALL | {"horizon": 1, "normalize_observations": False},
+    "tdmpc2": WORLD_MODEL,
 }
 
 

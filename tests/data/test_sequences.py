@@ -129,6 +129,18 @@ def test_offline_and_collected_windows_are_equally_likely():
     assert set(batch.keys()) == set(buffer._offline.sample(1).keys())
 
 
+def test_a_fixed_share_of_a_batch_comes_from_the_data():
+    spec = WindowSpec(steps=3, gamma=0.5)
+    offline = WindowSampler(dataset(30), spec, seed=1)
+    buffer = replay(offline=offline, offline_share=0.25)
+    assert (buffer.sample(8)["observation"] < 0).all()
+    buffer.extend(rollout(0, 7))
+    batch = buffer.sample(8)
+    assert (batch["observation"] < 0).flatten().tolist() == [True] * 2 + [False] * 6
+    starts = torch.cat([buffer.sample(64)["observation"][16:] for _ in range(20)])
+    assert len(starts.unique()) == 10  # every collected window
+
+
 def test_a_saved_buffer_goes_on_with_the_same_windows():
     first = replay(capacity=10)
     for start in (0, 4):

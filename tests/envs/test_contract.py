@@ -17,6 +17,7 @@ from genpol import envs
 from genpol.envs import (
     DMControlSettings,
     GymSettings,
+    MetaWorldSettings,
     MujocoSettings,
     OGBenchSettings,
     Settings,
@@ -36,9 +37,12 @@ FAMILIES: dict[str, tuple[Settings, int]] = {
     "dm_control-workers": (DMControlSettings(), 2),
     "ogbench": (OGBenchSettings(goal_conditioned=True), 1),
     "ogbench-workers": (OGBenchSettings(name="puzzle-3x3"), 2),
+    "metaworld": (MetaWorldSettings(), 1),
 }
-# Their models take seconds to compile, in every worker.
-MARKS = {"ogbench-workers": pytest.mark.slow}
+MARKS = {
+    "ogbench-workers": pytest.mark.slow,  # its model takes seconds to compile, in every worker
+    "metaworld": pytest.mark.metaworld,
+}
 
 
 def parameters(names: Iterable[str]) -> list[ParameterSet]:
@@ -54,6 +58,8 @@ def env(request: pytest.FixtureRequest) -> Iterator[EnvBase]:
     settings, num_envs = FAMILIES[request.param]
     if isinstance(settings, OGBenchSettings):
         pytest.importorskip("ogbench", reason="needs the extra genpol[ogbench]")
+    if isinstance(settings, MetaWorldSettings):
+        pytest.importorskip("metaworld", reason="needs Meta-World: make test-metaworld")
     made = envs.make(settings, num_envs=num_envs, seed=0)
     yield made
     made.close()

@@ -18,9 +18,9 @@ ogbench = pytest.importorskip("ogbench", reason="needs the extra genpol[ogbench]
 
 from genpol.data.dataset import OfflineDataset  # noqa: E402
 from genpol.data.formats import open_dataset  # noqa: E402
-from genpol.envs import ogbench_generation  # noqa: E402
+from genpol.envs import generation as generating  # noqa: E402
+from genpol.envs.generation import Generation, Plan, write_npz  # noqa: E402
 from genpol.envs.ogbench_data import Demonstrator, Recipe  # noqa: E402
-from genpol.envs.ogbench_generation import Generation, Plan, write_npz  # noqa: E402
 
 Episode = dict[str, np.ndarray]
 RECIPE = Recipe(name="scene", seed=3, episode_rows=31)
@@ -52,7 +52,7 @@ def finished(episodes: dict[str, Episode], tmp_path: Path, monkeypatch: pytest.M
     output = tmp_path / "scene-play-v0.npz"
     generation = Generation(PLAN, output)
     for name, episode in episodes.items():
-        ogbench_generation._save(generation.folder / name, episode)
+        generating._save(generation.folder / name, episode)
     assert generation.run(1)
     generation.finish()
     return output
@@ -145,7 +145,8 @@ def test_a_clock_that_goes_back_is_unsound(demonstrator: Demonstrator) -> None:
 def test_sizes_are_whole_episodes_and_a_tenth(
     num_transitions: int, episodes: tuple[int, int]
 ) -> None:
-    plan = Plan.of_size(Recipe(name="cube-single"), num_transitions)
+    recipe = Recipe(name="cube-single")
+    plan = Plan.of_size(recipe, recipe.episodes(num_transitions))
     assert (plan.episodes["train"], plan.episodes["val"]) == episodes
     assert plan.num_episodes == len(list(plan.files())) == sum(episodes)
 
@@ -192,7 +193,7 @@ def test_an_interruption_between_the_two_files_is_mended(
     hidden = validation.rename(validation.with_suffix(".hidden"))
     generation = Generation(PLAN, finished)
     for name, episode in episodes.items():
-        ogbench_generation._save(generation.folder / name, episode)
+        generating._save(generation.folder / name, episode)
     hidden.rename(validation)
     generation.finish()
     assert finished.read_bytes() == whole
@@ -249,7 +250,7 @@ def test_a_killed_worker_is_named_and_what_is_finished_stays(tmp_path: Path) -> 
 
 
 def test_files_of_equal_episodes_are_equal(tmp_path: Path, episodes: dict[str, Episode]) -> None:
-    ogbench_generation._save(tmp_path / "a.npz", episodes["train-0000000.npz"])
+    generating._save(tmp_path / "a.npz", episodes["train-0000000.npz"])
     for name in ("x.npz", "y.npz"):
         write_npz(tmp_path / name, [tmp_path / "a.npz"] * 2, {"k": 1})
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()

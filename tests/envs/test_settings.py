@@ -9,7 +9,13 @@ import sys
 import pytest
 
 from genpol import envs
-from genpol.envs import DMControlSettings, GymSettings, MujocoSettings, OGBenchSettings
+from genpol.envs import (
+    DMControlSettings,
+    GymSettings,
+    MetaWorldSettings,
+    MujocoSettings,
+    OGBenchSettings,
+)
 from genpol.envs.mujoco import registry
 from genpol.errors import ConfigError
 
@@ -38,6 +44,8 @@ def test_importing_imports_no_simulator() -> None:
         (OGBenchSettings(name="cube-double", task=2), "cube-double-play-task2"),
         (OGBenchSettings(goal_conditioned=True), "cube-single-play-goal"),
         (OGBenchSettings(goal_conditioned=True, task=5), "cube-single-play-goal-task5"),
+        (MetaWorldSettings(name="peg-insert-side-v3"), "peg-insert-side-v3"),
+        (MetaWorldSettings(reward="dense"), "reach-v3-dense"),
     ],
 )
 def test_labels(settings: envs.Settings, label: str) -> None:
@@ -46,7 +54,7 @@ def test_labels(settings: envs.Settings, label: str) -> None:
 
 def test_every_family_has_settings_with_defaults() -> None:
     classes = envs.settings_classes()
-    assert list(classes) == ["mujoco", "gym", "dm_control", "ogbench"]
+    assert list(classes) == ["mujoco", "multitask", "gym", "dm_control", "ogbench", "metaworld"]
     for settings_class in classes.values():
         assert dataclasses.is_dataclass(settings_class())
 
@@ -62,6 +70,8 @@ def test_every_family_has_settings_with_defaults() -> None:
         (OGBenchSettings, {"name": "puzle-3x3"}, r"env\.name.*Did you mean 'puzzle-3x3'"),
         (OGBenchSettings, {"task": 6}, r"env\.task = 6: must lie in \[0, 5\]"),
         (OGBenchSettings, {"success_timing": "now"}, r"env\.success_timing.*post, pre"),
+        (MetaWorldSettings, {"name": "push-v4"}, r"env\.name.*Did you mean 'push-v3'"),
+        (MetaWorldSettings, {"reward": "spares"}, r"env\.reward.*Did you mean 'sparse'"),
     ],
 )
 def test_wrong_settings_are_refused(settings_class: type, values: dict, message: str) -> None:

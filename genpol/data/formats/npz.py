@@ -125,9 +125,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return {}
 
 
+def comment_with(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the comment of an archive says, as JSON, for its metadata to be read."""
+    return {_OURS: {"metadata": dict(metadata)}}
+
+
 def write_metadata(archive: zipfile.ZipFile, metadata: Mapping[str, Any]) -> None:
     """Put metadata into the comment of an archive, if they are not longer than one may be."""
-    comment = json.dumps({_OURS: {"metadata": dict(metadata)}}).encode()
+    comment = json.dumps(comment_with(metadata)).encode()
     if len(comment) <= zipfile.ZIP_MAX_COMMENT:
         archive.comment = comment
 

@@ -1,11 +1,12 @@
-"""Generation of OGBench's data sets: many episodes at once, and a file of them all in the end.
+"""Generation of data sets by scripted players: many episodes at once, a file of all in the end.
 
 Every episode that is finished is a file in a staging folder beside the result, so that an
 interrupted generation goes on where it stopped, whatever stopped it. Which worker makes an episode
 makes no difference to it, so neither do the number of workers and interruptions.
 
 The result is two files as OGBench's, ``NAME.npz`` and, with a tenth as many episodes,
-``NAME-val.npz``. How they came about stands in the ZIP files' comments, as JSON.
+``NAME-val.npz``. How they came about stands in the ZIP files' comments, as JSON. What is played
+and how is the matter of a :class:`Recipe`.
 """
 
 from __future__ import annotations
@@ -23,17 +24,49 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from genpol.data.staging import Staging, flush, writing
-from genpol.envs.ogbench_data import Demonstrator, Recipe
 from genpol.errors import ConfigError, EnvironmentFault
 
 SPLITS = ("train", "val")
 
 _PATIENCE_S = 0.25
+
+
+class Demonstrator(Protocol):
+    """An environment with what plays in it."""
+
+    def episode(self, split: str, index: int) -> dict[str, np.ndarray]:
+        """Play one episode, which depends on the recipe and these two alone.
+
+        Args:
+            split: ``"train"`` or ``"val"``, which share no episode.
+            index: Number of the episode within its split.
+
+        Returns:
+            Columns as OGBench's files have them, ``[T + 1, ...]``: ``observations``, ``actions``,
+            ``terminals``, which is True in the last row alone, and others, of all episodes alike.
+        """
+
+
+class Recipe(Protocol):
+    """What determines the episodes of a data set; it is sent to worker processes."""
+
+    @property
+    def name(self) -> str:
+        """The environment's name, for messages."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Return all that the data depend on, as JSON can say it."""
+
+    def comment(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the comment of a file: the provenance with further facts, as it is to be read."""
+
+    def demonstrator(self) -> Demonstrator:
+        """Return a player."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +82,9 @@ class Plan:
     episodes: dict[str, int]
 
     @classmethod
-    def of_size(cls, recipe: Recipe, num_transitions: int) -> Plan:
-        """Plan at least ``num_transitions`` to train on, and a tenth of that for validation."""
-        train = -(-num_transitions // (recipe.episode_rows - 1))
-        return cls(recipe, {"train": train, "val": max(1, train // 10)})
+    def of_size(cls, recipe: Recipe, episodes: int) -> Plan:
+        """Plan so many episodes to train on, and a tenth of that for validation."""
+        return cls(recipe, {"train": episodes, "val": max(1, episodes // 10)})
 
     @property
     def num_episodes(self) -> int:
@@ -144,22 +176,29 @@ class Generation:
                         connection.send(following)
         return left == 0
 
-    def finish(self) -> None:
+    def finish(self) -> dict[Path, int]:
         """Put the episodes together, the files in their places, and remove the staging folder.
+
+        Returns:
+            The number of transitions in each file.
 
         Raises:
             DatasetError: If a file cannot be written, or another of its name came up meanwhile.
         """
+        transitions = {}
+        targets = {"train": self.output, "val": self.validation_output}
         with writing(self.output):
-            for split in SPLITS:
+            for split, target in targets.items():
                 names = [name for found, _, name in self.plan.files() if found == split]
                 made = self.folder / f"{split}.npz"
-                comment = {**self._provenance, "split": split, "episodes": len(names)}
-                write_npz(made, [self.folder / name for name in names], comment)
+                comment = self.plan.recipe.comment({"split": split, "episodes": len(names)})
+                rows = write_npz(made, [self.folder / name for name in names], comment)
+                transitions[target] = rows - len(names)
                 flush(made)
             self._place_validation()
         self._staging.place(self.folder / "train.npz")
         self._staging.discard()
+        return transitions
 
     def _place_validation(self) -> None:
         # It is first in its place; if the second is late, for the lack of power say, the one that
@@ -177,16 +216,20 @@ class Generation:
         self._staging.release()
 
 
-def write_npz(path: Path, episodes: Sequence[Path], comment: dict[str, Any]) -> None:
-    """Concatenate ``.npz`` files of equal keys and shapes, one episode in memory at a time.
+def write_npz(path: Path, episodes: Sequence[Path], comment: dict[str, Any]) -> int:
+    """Concatenate ``.npz`` files of equal keys and widths, one episode in memory at a time.
 
     Args:
         path: The file to write.
         episodes: The files to read, in this order.
         comment: Put as JSON into the comment of the ZIP file.
+
+    Returns:
+        The number of rows.
     """
     with np.load(episodes[0]) as arrays:
         examples = {key: arrays[key] for key in arrays.files}
+    num_rows = sum(_num_rows(episode) for episode in episodes)
     # Stored without compression, which would gain a tenth: noise fills the digits of floats.
     with zipfile.ZipFile(path, "w") as archive:
         archive.comment = json.dumps(comment).encode()
@@ -195,11 +238,17 @@ def write_npz(path: Path, episodes: Sequence[Path], comment: dict[str, Any]) -> 
             member = zipfile.ZipInfo(f"{key}.npy")
             with archive.open(member, "w", force_zip64=True) as stream:
                 header = np.lib.format.header_data_from_array_1_0(example)
-                header["shape"] = (len(episodes) * len(example), *example.shape[1:])
+                header["shape"] = (num_rows, *example.shape[1:])
                 np.lib.format.write_array_header_1_0(stream, header)
                 for episode in episodes:
                     with np.load(episode) as arrays:
                         stream.write(arrays[key].tobytes())
+    return num_rows
+
+
+def _num_rows(episode: Path) -> int:
+    with np.load(episode) as arrays:
+        return len(arrays["terminals"])
 
 
 @contextmanager
@@ -232,7 +281,7 @@ def _work(connection: Connection, recipe: Recipe, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process' to heed
     with suppress(EOFError):
         try:
-            demonstrator = Demonstrator(recipe)
+            demonstrator = recipe.demonstrator()
             while True:
                 split, index, name = connection.recv()
                 _save(folder / name, demonstrator.episode(split, index))

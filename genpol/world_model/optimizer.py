@@ -1,0 +1,62 @@
+"""An optimiser of which some parameters take smaller steps than the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from genpol.nn.optimizer import GuardedOptimizer
+
+
+class GradedOptimizer(GuardedOptimizer):
+    """:class:`~genpol.nn.optimizer.GuardedOptimizer` with a smaller step size for one part.
+
+    The gradient is clipped over both parts together, which two optimisers would not do.
+
+    Args:
+        slow: What takes the smaller steps.
+        parameters: What takes the others.
+        learning_rate: Step size of those.
+        share: Of it that the first part takes.
+        max_grad_norm: See :class:`~genpol.nn.optimizer.GuardedOptimizer`.
+        eps: See there.
+        patience: See there.
+        name: See there.
+    """
+
+    def __init__(
+        self,
+        slow: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter],
+        learning_rate: float,
+        *,
+        share: float,
+        max_grad_norm: float,
+        eps: float,
+        patience: int = 10,
+        name: str = "loss",
+    ) -> None:
+        first = list(slow)
+        super().__init__(
+            [*first, *parameters],
+            learning_rate,
+            max_grad_norm=max_grad_norm,
+            eps=eps,
+            patience=patience,
+            name=name,
+        )
+        self._num_slow = len(first)
+        self._share = share
+
+    def _adam(self, gradients: Mapping[int, Tensor]) -> None:
+        full = self.learning_rate
+        slow = {index: g for index, g in gradients.items() if index < self._num_slow}
+        rest = {index: g for index, g in gradients.items() if index >= self._num_slow}
+        try:
+            for part, rate in ((slow, self._share * full), (rest, full)):
+                self.learning_rate = rate
+                if part:
+                    super()._adam(part)
+        finally:
+            self.learning_rate = full

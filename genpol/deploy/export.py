@@ -1,0 +1,174 @@
+"""Writes bundles: a traced policy in one format or several, each compared with the trained one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import genpol
+from genpol.data.staging import staged
+from genpol.deploy import contract as contracts
+from genpol.deploy.bundle import EXAMPLES, FILES, Bundle, sha256
+from genpol.deploy.contract import Contract
+from genpol.deploy.tracing import NoiseTape, TracedPolicy
+from genpol.errors import GenpolError, require
+from genpol.settings import one_of
+
+TOLERANCE = 1e-5
+"""Greatest difference from the trained policy's actions with which a bundle is written."""
+
+NUM_EXAMPLES = 32
+
+
+class ExportError(GenpolError):
+    """A format cannot hold a policy, or does not do as the trained one."""
+
+
+def write(
+    target: Path,
+    traced: TracedPolicy,
+    act: Callable[[Tensor], Tensor],
+    contract: Contract,
+    observations: Tensor,
+    *,
+    formats: Sequence[str] = ("onnx",),
+    seed: int = 0,
+) -> Bundle:
+    """Write a bundle, whole or not at all.
+
+    Args:
+        target: The folder to make.
+        traced: The policy's graph.
+        act: The policy itself, from observations ``[1, d]``; compared with every format.
+        contract: Of the bundle, without files, parity and versions.
+        observations: What it is compared on, ``[N, d]``, as they come in acting.
+        formats: ``onnx``, ``aoti``, ``torchscript``.
+        seed: Of the noise that it is compared on.
+
+    Raises:
+        ExportError: If a format's actions differ by more than :data:`TOLERANCE`, or it cannot hold
+            the policy.
+        DatasetError: If ``target`` exists or cannot be written.
+        MissingExtraError: If what writes a format is not installed.
+    """
+    for form in formats:
+        one_of("formats", form, FILES)
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(observations), traced.noise_dim, generator=draw)
+    chunks = []
+    with torch.no_grad():
+        for seen, drawn in zip(observations.split(1), noise.split(1), strict=True):
+            with NoiseTape(drawn):
+                chunks.append(act(seen))
+    wanted = torch.cat(chunks)
+    with staged(target) as folder:
+        folder.mkdir()
+        for form in formats:
+            _WRITERS[form](traced, observations[:1], noise[:1], folder / FILES[form])
+        np.savez(
+            folder / EXAMPLES,
+            observation=observations.numpy(),
+            noise=noise.numpy(),
+            chunk=wanted.numpy(),
+        )
+        names = [*(FILES[form] for form in formats), EXAMPLES]
+        found = replace(
+            contract,
+            files={name: sha256(folder / name) for name in names},
+            versions=_versions(),
+        )
+        bundle = Bundle(folder, found)
+        parity = {form: difference(bundle, form) for form in formats}
+        for form, worst in parity.items():
+            if not worst <= TOLERANCE:
+                raise ExportError(
+                    f"export: {form} differs from the trained policy by {worst:.2g} on examples "
+                    f"(allowed: {TOLERANCE:g}); nothing was written. Leave {form} out of formats="
+                )
+        text = contracts.to_json(replace(found, parity=parity))
+        (folder / contracts.FILE).write_text(text, encoding="utf-8")
+    return Bundle(target, contracts.read(target / contracts.FILE))
+
+
+def difference(bundle: Bundle, form: str) -> float:
+    """Return the greatest difference of a format's actions from the bundle's examples."""
+    plan, examples = bundle.load(form), bundle.examples()
+    worst = 0.0
+    for observation, noise, chunk in zip(*examples.values(), strict=True):
+        found = plan(observation[None], noise[None])[0]
+        if found.shape != chunk.shape or not np.isfinite(found).all():
+            return float("inf")
+        worst = max(worst, float(np.abs(found - chunk).max()))
+    return worst
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnxruntime", "numpy")
+    found = {"genpol": genpol.__version__}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def _write_onnx(traced: TracedPolicy, observation: Tensor, noise: Tensor, path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "deploy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = _exported(
+            "onnx",
+            lambda: torch.onnx.export(
+                traced.graph,
+                (observation, noise),
+                dynamo=True,
+                input_names=["observation", "noise"],
+                output_names=["chunk"],
+                verbose=False,
+            ),
+        )
+    program.save(path, external_data=False)
+
+
+def _write_aoti(traced: TracedPolicy, observation: Tensor, noise: Tensor, path: Path) -> None:
+    program = _exported("aoti", lambda: torch.export.export(traced.graph, (observation, noise)))
+    _exported(
+        "aoti",
+        lambda: torch._inductor.aoti_compile_and_package(program, package_path=str(path)),
+    )
+
+
+def _write_torchscript(
+    traced: TracedPolicy, observation: Tensor, noise: Tensor, path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = _exported(
+            "torchscript",
+            lambda: torch.jit.trace(traced.graph, (observation, noise), check_trace=False),
+        )
+    model.save(str(path))
+
+
+def _exported(form: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"export: {form} cannot hold this policy ({type(error).__name__}: {reason}); leave "
+            "it out of formats="
+        ) from error
+
+
+_WRITERS = {"onnx": _write_onnx, "aoti": _write_aoti, "torchscript": _write_torchscript}

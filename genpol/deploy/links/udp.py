@@ -1,0 +1,202 @@
+"""Robots that speak :mod:`genpol.deploy.messages` over UDP.
+
+The robot's side listens; the controller greets it until it answers with an observation. Whoever
+holds the key may command, and the robot's side obeys the one that greeted it last.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+from genpol.deploy.links.base import Link, Observed
+from genpol.deploy.messages import Kind, Message, Receiver, Sender
+from genpol.deploy.safety import Command, Mode
+from genpol.errors import ConfigError
+
+_LONGEST = 65_535
+_GREETING_S = 0.1
+_MODES = list(Mode)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of ``host:port``.
+
+    Raises:
+        ConfigError: If it is written otherwise.
+    """
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdigit() and int(port) <= _LONGEST):
+        raise ConfigError(f"link: address {text!r}: write host:port, such as 127.0.0.1:9870")
+    return host, int(port)
+
+
+class _Endpoint:
+    """A socket with a sender and a receiver, the newest message of each kind first."""
+
+    def __init__(self, key: bytes) -> None:
+        # Behind whatever an earlier process sent with the same key.
+        self.sender = Sender(key, first=time.time_ns())
+        self.receiver = Receiver(key)
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+
+    def messages(self, timeout_s: float) -> list[tuple[Message, tuple[str, int]]]:
+        """Return all messages that are there, waiting for one if there are none."""
+        if timeout_s > 0 and not select.select([self.socket], [], [], timeout_s)[0]:
+            return []
+        found: list[tuple[Message, tuple[str, int]]] = []
+        while True:
+            try:
+                datagram, address = self.socket.recvfrom(_LONGEST)
+            except BlockingIOError:
+                return found
+            except ConnectionError:  # the other side is not there; that is for others to notice
+                continue
+            message = self.receiver.read(datagram)
+            if message is not None:
+                found.append((message, address))
+
+    def send(self, datagram: bytes, address: tuple[str, int]) -> None:
+        """Send without waiting; what cannot be sent is lost, as anywhere on the way."""
+        try:
+            self.socket.sendto(datagram, address)
+        except OSError:
+            return
+
+    def statistics(self) -> dict[str, int]:
+        """Return counts of what was lost or dropped."""
+        dropped = {f"dropped: {what}": n for what, n in self.receiver.dropped.items()}
+        return {"lost": self.receiver.lost, **dropped}
+
+
+class UdpLink(Link):
+    """The controller's side.
+
+    Args:
+        address: ``host:port`` of the robot's side.
+        key: That both sides know.
+
+    Raises:
+        ConfigError: If the address or the key is wrong.
+    """
+
+    def __init__(self, address: str, key: bytes) -> None:
+        self._address = parse_address(address)
+        self._endpoint = _Endpoint(key)
+        self._greeted_s = -1.0
+        self._heard = False
+        self._stop = ""
+
+    def open(self) -> None:
+        """See :class:`~genpol.deploy.links.Link`; a robot may come up later."""
+        try:
+            self._address = (socket.gethostbyname(self._address[0]), self._address[1])
+        except OSError as error:
+            raise ConfigError(
+                f"link: host {self._address[0]!r} is not known ({error.strerror})"
+            ) from None
+        self._greet()
+
+    def read(self, timeout_s: float) -> Observed | None:
+        """See :class:`~genpol.deploy.links.Link`."""
+        newest: Observed | None = None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not self._heard and time.monotonic() - self._greeted_s > _GREETING_S:
+                self._greet()
+            left = deadline - time.monotonic()
+            wait = max(0.0, left if self._heard else min(left, _GREETING_S))
+            for message, _ in self._endpoint.messages(wait):
+                self._heard = True
+                if message.kind is Kind.OBSERVATION:
+                    newest = Observed(message.numbers, time.monotonic() - message.age_s)
+                elif message.kind is Kind.STOP:
+                    self._stop = "the robot's side asked for it"
+            if newest is not None or time.monotonic() >= deadline:
+                return newest
+
+    def write(self, command: Command) -> None:
+        """See :class:`~genpol.deploy.links.Link`."""
+        mode = _MODES.index(command.mode)
+        datagram = self._endpoint.sender.message(Kind.COMMAND, command.values, mode=mode)
+        self._endpoint.send(datagram, self._address)
+
+    @property
+    def stop_requested(self) -> str:
+        """See :class:`~genpol.deploy.links.Link`."""
+        return self._stop
+
+    def statistics(self) -> dict[str, int]:
+        """See :class:`~genpol.deploy.links.Link`."""
+        return self._endpoint.statistics()
+
+    def close(self) -> None:
+        """See :class:`~genpol.deploy.links.Link`."""
+        self._endpoint.socket.close()
+
+    def _greet(self) -> None:
+        self._greeted_s = time.monotonic()
+        self._endpoint.send(self._endpoint.sender.message(Kind.GREETING), self._address)
+
+
+class UdpRobot:
+    """The robot's side, for simulations, tests and adapters of real robots.
+
+    Args:
+        address: ``host:port`` to listen at; port 0 takes a free one.
+        key: That both sides know.
+
+    Attributes:
+        address: Where it listens.
+
+    Raises:
+        ConfigError: If the address or the key is wrong, or the address is taken.
+    """
+
+    def __init__(self, address: str, key: bytes) -> None:
+        host, port = parse_address(address)
+        self._endpoint = _Endpoint(key)
+        try:
+            self._endpoint.socket.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"link: cannot listen at {address} ({error.strerror})") from None
+        self.address = "{}:{}".format(*self._endpoint.socket.getsockname())
+        self._peer: tuple[str, int] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether a controller has greeted it."""
+        return self._peer is not None
+
+    def command(self, timeout_s: float = 0.0) -> Command | None:
+        """Return the newest command that was not returned before; ``None`` if none comes.
+
+        Args:
+            timeout_s: How long to wait if there is nothing yet.
+        """
+        newest = None
+        for message, address in self._endpoint.messages(timeout_s):
+            if message.kind is Kind.GREETING:
+                self._peer = address
+            elif message.kind is Kind.COMMAND and message.mode < len(_MODES):
+                newest = Command(list(message.numbers), _MODES[message.mode])
+        return newest
+
+    def observation(self, values: Sequence[float], *, age_s: float = 0.0) -> None:
+        """Send an observation to whoever greeted last."""
+        self._send(self._endpoint.sender.message(Kind.OBSERVATION, values, age_s=age_s))
+
+    def stop(self) -> None:
+        """Ask the controller for a stop."""
+        self._send(self._endpoint.sender.message(Kind.STOP))
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._endpoint.socket.close()
+
+    def _send(self, datagram: bytes) -> None:
+        if self._peer is not None:
+            self._endpoint.send(datagram, self._peer)

@@ -81,7 +81,7 @@ def compose(
     parsed = [_parse(text) for text in overrides]
     _refuse_duplicates(parsed)
     chosen = {item.key_or_group: _option(item) for item in parsed if item.key_or_group in _NOUNS}
-    register_schemas()
+    register_schemas(chosen.get("agent") or _default("agent"))
     config = _compose_groups(chosen)
     _apply_run_defaults(config)
     for name, value in {**(model or {}), **(defaults or {})}.items():
@@ -166,21 +166,30 @@ def to_settings(config: DictConfig) -> TrainSettings:
     return settings
 
 
-def register_schemas() -> None:
-    """Tell Hydra the settings dataclasses of the training loop, every agent and every simulator.
+def register_schemas(agent: str) -> None:
+    """Tell Hydra the settings dataclasses of the training loop, one agent and every simulator.
 
     They are named ``train_schema``, ``<agent>_schema`` and ``<family>_schema``; the YAML files
-    start from them. Calling this twice does no harm.
+    start from them. Hydra copies all that it was told of whenever it composes, which takes more
+    than a second with all agents: it forgets the others.
     """
     agents = importlib.import_module("genpol.agents")
     envs = importlib.import_module("genpol.envs")
     store = ConfigStore.instance()
     store.store(name="train_schema", node=_writable(TrainSettings))
-    for name in agents.names():
-        node = _writable(agents.settings_class(name))
-        store.store(group="agent", name=f"{name}_schema", node=node)
+    store.repo.pop("agent", None)
+    if agent in agents.names():
+        node = _writable(agents.settings_class(agent))
+        store.store(group="agent", name=f"{agent}_schema", node=node)
     for family, settings_class in envs.settings_classes().items():
         store.store(group="env", name=f"{family}_schema", node=_writable(settings_class))
+
+
+def _default(group: str) -> str:
+    """Return the option of a group that ``train.yaml`` chooses, if it chooses one."""
+    entries = yaml.safe_load((config_folder() / "train.yaml").read_text(encoding="utf-8"))
+    found = (x[group] for x in entries["defaults"] if isinstance(x, dict) and group in x)
+    return str(next(found, ""))
 
 
 def _writable(settings_class: type) -> DictConfig:
@@ -455,7 +464,7 @@ def _restore(saved: dict[str, Any]) -> DictConfig:
     chosen = {group: choices.get(group, "") for group in ("agent", "env")}
     for group, name in chosen.items():
         _check_option(group, name)
-    register_schemas()
+    register_schemas(chosen["agent"])
     # The saved values include those of the recipe as it was then; today's may have changed.
     config = _compose_groups({**chosen, "recipe": "none"})
     config.choices.update(choices)

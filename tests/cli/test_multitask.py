@@ -72,14 +72,11 @@ def test_all_tasks_are_learned_from_data(pretrained: Path) -> None:
     assert saved["weights"]["model.tasks"].shape == (2, 4)
 
 
-@pytest.mark.parametrize(("task", "steps"), [("Reacher-v5", 50), ("Pusher-v5", 100)])
-def test_each_task_is_evaluated_alone(
-    pretrained: Path, capsys: pytest.CaptureFixture[str], task: str, steps: int
-) -> None:
-    assert main(["eval", str(pretrained), f"env.only={task}", "episodes=2", "json=true"]) == 0
+def test_a_task_is_evaluated_alone(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(pretrained), "env.only=Reacher-v5", "episodes=2", "json=true"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["episodes"] == 2
-    assert told["length_mean"] == steps
+    assert told["length_mean"] == 50  # Pusher's episodes have 100 steps
 
 
 def test_a_new_task_is_learned_online_from_there(pretrained: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class WorldModelSettings:
     task_dim: int = 96
     """Width of the embedding of a task, where there are several (env=multitask)."""
     like_task: str = ""
-    """With `init`: the task whose embedding those begin with that the earlier run did not have."""
+    """With `init`: the task whose embedding those begin with that the earlier run did not have, and
+    which stand behind its own in `env.tasks`."""
     simplex_dim: int = 8
     """Width of the simplices that latent states consist of."""
     num_bins: int = 101

@@ -39,6 +39,7 @@ __all__ = [
     "MultiTaskSettings",
     "OGBenchSettings",
     "Settings",
+    "family",
     "label",
     "make",
     "make_chunked",
@@ -64,6 +65,11 @@ def settings_classes() -> dict[str, type]:
         "ogbench": OGBenchSettings,
         "metaworld": MetaWorldSettings,
     }
+
+
+def family(settings: Settings) -> str:
+    """Return the name of a simulator family, from its settings."""
+    return next(name for name, kind in settings_classes().items() if type(settings) is kind)
 
 
 def make_chunked(

@@ -23,6 +23,7 @@ class StackedEnv(EnvBase):
     as in the codes of Diffusion Policy, robomimic, LeRobot and DPPO. Goals are not stacked.
 
     Attributes:
+        inner: The environment within.
         name: The environment's.
         max_episode_steps: The environment's.
         action_repeat: The environment's.
@@ -45,7 +46,7 @@ class StackedEnv(EnvBase):
                 "env.observation_steps: environments in groups set out from states without a "
                 "history; leave env.group_size at 1"
             )
-        self._env = env
+        self.inner = env
         self.name = env.name
         self.max_episode_steps = env.max_episode_steps
         self.action_repeat = env.action_repeat
@@ -64,12 +65,12 @@ class StackedEnv(EnvBase):
     @property
     def num_diverged(self) -> int:
         """Episodes that ended by divergence so far."""
-        count: int = self._env.num_diverged
+        count: int = self.inner.num_diverged
         return count
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         # Not reset(), which fills in what is not reset from the argument: that is stacked.
-        after = self._env._reset(tensordict, **kwargs)
+        after = self.inner._reset(tensordict, **kwargs)
         mask = None if tensordict is None else tensordict.get("_reset", None)
         everything = mask is None or bool(mask.all())
         if everything and self._restored:  # it goes on where it was saved
@@ -82,7 +83,7 @@ class StackedEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = TensorDict({"action": tensordict["action"]}, self.batch_size, device=self.device)
-        after = self._env.step(action)["next"]
+        after = self.inner.step(action)["next"]
         latest = after["observation"].unsqueeze(1)
         self._history = torch.cat((self._history[:, 1:], latest), dim=1)
         return self._stacked(after)
@@ -91,29 +92,29 @@ class StackedEnv(EnvBase):
         return after.set("observation", self._history.flatten(1))
 
     def _set_seed(self, seed: int | None) -> None:
-        self._env.set_seed(seed)
+        self.inner.set_seed(seed)
 
     def state_dict_of_simulation(self) -> dict[str, Tensor] | None:
         """Return the simulation's state and the history; None where the simulator has none."""
-        state: dict[str, Tensor] | None = self._env.state_dict_of_simulation()
+        state: dict[str, Tensor] | None = self.inner.state_dict_of_simulation()
         return None if state is None else {**state, _HISTORY: self._history}
 
     def load_simulation(self, state: dict[str, Tensor] | None) -> None:
         """Restore what :meth:`state_dict_of_simulation` returned."""
         if state is None:
-            self._env.load_simulation(None)
+            self.inner.load_simulation(None)
             return
-        self._env.load_simulation({k: x for k, x in state.items() if k != _HISTORY})
+        self.inner.load_simulation({k: x for k, x in state.items() if k != _HISTORY})
         self._history = state[_HISTORY].to(self._history)
         self._restored = True
 
     def render(self, index: int = 0, *, height: int = 360, width: int = 480) -> np.ndarray:
         """Draw it as ``uint8 [H, W, 3]``."""
-        frame: np.ndarray = self._env.render(index, height=height, width=width)
+        frame: np.ndarray = self.inner.render(index, height=height, width=width)
         return frame
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the environment within."""
-        if not self._env.is_closed:
-            self._env.close()
+        if not self.inner.is_closed:
+            self.inner.close()
         super().close(raise_if_closed=raise_if_closed)

@@ -25,6 +25,8 @@ COMMANDS = {
     "report": "genpol.cli.report",
     "data": "genpol.cli.data",
     "policies": "genpol.cli.policies",
+    "export": "genpol.cli.export",
+    "deploy": "genpol.cli.deploy",
     "info": "genpol.cli.info",
     "list": "genpol.cli.list",
 }

@@ -3,10 +3,10 @@
 ::
 
     contract.json    what goes in and out; see :mod:`genpol.deploy.contract`
-    policy.onnx      observation [1, d] and noise [1, n] to a chunk [1, H, A] in [-1, 1]
+    policy.onnx      the contract's inputs, float32 [1, ...], to a chunk [1, H, A] in [-1, 1]
     policy.pt2       the same for C++ (AOTInductor), where it was asked for
     policy.ts        the same as TorchScript, where it was asked for
-    examples.npz     observations, noise and the trained policy's own chunks
+    examples.npz     inputs and the trained policy's own chunks
 
 Every file's SHA-256 stands in the contract and is checked before the policy acts.
 """
@@ -14,7 +14,7 @@ Every file's SHA-256 stands in the contract and is checked before the policy act
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ FILES = {"onnx": "policy.onnx", "aoti": "policy.pt2", "torchscript": "policy.ts"
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
-Plan = Callable[[Array, Array], Array]
-"""Observations ``[1, d]`` and noise ``[1, n]`` to chunks ``[1, H, A]``, all float32."""
+Plan = Callable[[Mapping[str, Array]], Array]
+"""The contract's inputs ``[1, ...]`` by name to chunks ``[1, H, A]``, all float32."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bundle:
         return [name for name, file in FILES.items() if file in self.contract.files]
 
     def examples(self) -> dict[str, Array]:
-        """Return ``observation`` ``[N, d]``, ``noise`` ``[N, n]`` and ``chunk`` ``[N, H, A]``.
+        """Return the contract's inputs ``[N, ...]`` and ``chunk`` ``[N, H, A]``, by name.
 
         Raises:
             CheckpointError: If they cannot be read.
@@ -62,7 +62,7 @@ class Bundle:
         path = self.folder / EXAMPLES
         try:
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in ("observation", "noise", "chunk")}
+                return {name: file[name] for name in (*self.contract.inputs, "chunk")}
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
@@ -84,7 +84,9 @@ class Bundle:
                 f"with formats=[onnx,{form}]"
             )
         path = self.folder / FILES[form]
-        return _load_onnx(path, num_threads) if form == "onnx" else _load_torch(path, form)
+        if form == "onnx":
+            return _load_onnx(path, num_threads)
+        return _load_torch(path, form, list(self.contract.inputs), num_threads)
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -130,26 +132,26 @@ def _load_onnx(path: Path, num_threads: int) -> Plan:
         ) from None
     taken = {x.name for x in session.get_inputs()}
 
-    def plan(observation: Array, noise: Array) -> Array:
-        given = {"observation": observation, "noise": noise}
-        found: Array = session.run(None, {name: given[name] for name in taken})[0]
+    def plan(inputs: Mapping[str, Array]) -> Array:
+        found: Array = session.run(None, {name: inputs[name] for name in taken})[0]
         return found
 
     return plan
 
 
-def _load_torch(path: Path, form: str) -> Plan:
+def _load_torch(path: Path, form: str, names: list[str], num_threads: int) -> Plan:
     import torch
 
+    torch.set_num_threads(num_threads)
     model: Any
     if form == "aoti":
         model = torch._inductor.aoti_load_package(str(path))
     else:
         model = torch.jit.load(str(path))
 
-    def plan(observation: Array, noise: Array) -> Array:
+    def plan(inputs: Mapping[str, Array]) -> Array:
         with torch.no_grad():
-            found: Array = model(torch.from_numpy(observation), torch.from_numpy(noise)).numpy()
+            found: Array = model(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
         return found
 
     return plan

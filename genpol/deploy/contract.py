@@ -44,14 +44,21 @@ class Contract:
     Attributes:
         env: Environment that it was trained in.
         agent: Algorithm that trained it.
-        observation: What it sees, in order.
+        observation: What a robot tells in a period, in order.
+        observation_steps: Observations that the policy sees side by side, the oldest first; an
+            episode's first one stands for those before it.
+        goal_dim: Numbers at the end of an observation that are a goal, and are not repeated.
         action: What it commands, in order. The policy's -1 and 1 are ``low`` and ``high`` of
             ``commands``, which may be wider than what a robot may be told.
         commands: Least and greatest command of each action that the policy can ask for.
         period_s: Seconds from one action to the next.
         horizon: Actions H of a chunk.
         action_steps: Actions of a chunk that are carried out before the next.
-        noise_dim: Standard normal numbers that a chunk takes.
+        inputs: Shapes of the policy's inputs, by name: ``observation``, ``noise`` (standard normal
+            numbers), and what :attr:`memory` tells of.
+        memory: What it is told of the chunk before: ``none``; ``plan``, what was left of it with
+            zeros behind (``previous`` ``[H, A]``); ``chunk``, also how much it is bound to each
+            action (``kept`` ``[H]``), see :mod:`genpol.policies.real_time`.
         sampling: ``mode``, where the policy takes modes where it has them, or ``sample``.
         solver_steps: Of a flow or a diffusion model; 0 for others.
         files: SHA-256 of each other file of the bundle.
@@ -68,8 +75,11 @@ class Contract:
     period_s: float
     horizon: int
     action_steps: int
-    noise_dim: int
+    inputs: Mapping[str, tuple[int, ...]]
     sampling: str
+    memory: str = "none"
+    observation_steps: int = 1
+    goal_dim: int = 0
     solver_steps: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, float] = field(default_factory=dict)
@@ -101,6 +111,14 @@ class Contract:
                 f"contract: action_steps = {self.action_steps}: must lie in [1, {self.horizon}]"
             )
 
+        single = len(self.observation) - self.goal_dim
+        width = single * self.observation_steps + self.goal_dim
+        if tuple(self.inputs.get("observation", ())) != (width,):
+            raise ConfigError(
+                f"contract: observation has {len(self.observation)} entries, which make {width} "
+                f"numbers; the policy takes {self.inputs.get('observation')}"
+            )
+
     def to_commands(self, action: list[float]) -> list[float]:
         """Return what the policy's actions in [-1, 1] are in the robot's units."""
         return [
@@ -113,13 +131,13 @@ class Contract:
 
         Args:
             limits: By a joint's name, what is otherwise: ``low``, ``high``, ``velocity``,
-                ``acceleration``, ``jerk``, ``neutral``, ``unit`` or ``interface``.
+                ``acceleration``, ``jerk``, ``neutral``, ``unit``, ``interface``, or a new ``name``.
 
         Raises:
             ConfigError: If there is no such joint or limit, or a value is wrong.
         """
         names = [joint.name for joint in self.action]
-        known = [x.name for x in fields(JointLimits) if x.name != "name"]
+        known = [x.name for x in fields(JointLimits)]
         for name, given in limits.items():
             if name not in names:
                 raise ConfigError(
@@ -143,7 +161,7 @@ def _numbers(joint: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return limits as numbers, but for what is text."""
     found: dict[str, Any] = {}
     for key, value in given.items():
-        if key in ("unit", "interface"):
+        if key in ("name", "unit", "interface"):
             found[key] = str(value)
             continue
         try:
@@ -215,8 +233,9 @@ def read(path: Path) -> Contract:
             **{
                 entry.name: record[entry.name]
                 for entry in fields(Contract)
-                if entry.name not in ("observation", "action", "commands")
+                if entry.name not in ("observation", "action", "commands", "inputs")
             },
+            inputs={name: tuple(shape) for name, shape in record["inputs"].items()},
             observation=tuple(Channel(**_with_infinity(x)) for x in record["observation"]),
             action=tuple(JointLimits(**_with_infinity(x)) for x in record["action"]),
             commands=tuple((float(low), float(high)) for low, high in record["commands"]),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ class ExportError(GenpolError):
 def write(
     target: Path,
     traced: TracedPolicy,
-    act: Callable[[Tensor], Tensor],
+    act: Callable[..., Tensor],
     contract: Contract,
     observations: Tensor,
     *,
@@ -47,7 +48,8 @@ def write(
     Args:
         target: The folder to make.
         traced: The policy's graph.
-        act: The policy itself, from observations ``[1, d]``; compared with every format.
+        act: The policy itself, as :attr:`genpol.deploy.tracing.Acting.act`; compared with every
+            format.
         contract: Of the bundle, without files, parity and versions.
         observations: What it is compared on, ``[N, d]``, as they come in acting.
         formats: ``onnx``, ``aoti``, ``torchscript``.
@@ -61,24 +63,23 @@ def write(
     """
     for form in formats:
         one_of("formats", form, FILES)
-    draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(observations), traced.noise_dim, generator=draw)
+    inputs = _examples(traced, observations, seed)
     chunks = []
     with torch.no_grad():
-        for seen, drawn in zip(observations.split(1), noise.split(1), strict=True):
-            with NoiseTape(drawn):
-                chunks.append(act(seen))
+        for row in range(len(observations)):
+            one = {name: x[row : row + 1] for name, x in inputs.items()}
+            with NoiseTape(one.pop("noise")):
+                chunks.append(act(*one.values()))
     wanted = torch.cat(chunks)
     with staged(target) as folder:
         folder.mkdir()
         for form in formats:
-            _WRITERS[form](traced, observations[:1], noise[:1], folder / FILES[form])
-        np.savez(
-            folder / EXAMPLES,
-            observation=observations.numpy(),
-            noise=noise.numpy(),
-            chunk=wanted.numpy(),
-        )
+            one = {name: x[:1] for name, x in inputs.items()}
+            _WRITERS[form](traced, one, folder / FILES[form])
+        examples: dict[str, Any] = {
+            name: x.numpy() for name, x in (inputs | {"chunk": wanted}).items()
+        }
+        np.savez(folder / EXAMPLES, **examples)
         names = [*(FILES[form] for form in formats), EXAMPLES]
         found = replace(
             contract,
@@ -98,12 +99,25 @@ def write(
     return Bundle(target, contracts.read(target / contracts.FILE))
 
 
+def _examples(traced: TracedPolicy, observations: Tensor, seed: int) -> dict[str, Tensor]:
+    """Return inputs ``[N, ...]``: observations as given, the rest drawn."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = len(observations)
+    drawn = {
+        "noise": torch.randn(rows, traced.noise_dim, generator=draw),
+        "previous": 2.0 * torch.rand(rows, traced.horizon, traced.action_dim, generator=draw) - 1.0,
+        "kept": torch.rand(rows, traced.horizon, generator=draw),
+    }
+    return {"observation": observations} | {x: drawn[x] for x in traced.inputs if x in drawn}
+
+
 def difference(bundle: Bundle, form: str) -> float:
     """Return the greatest difference of a format's actions from the bundle's examples."""
     plan, examples = bundle.load(form), bundle.examples()
     worst = 0.0
-    for observation, noise, chunk in zip(*examples.values(), strict=True):
-        found = plan(observation[None], noise[None])[0]
+    chunks = examples.pop("chunk")
+    for row, chunk in enumerate(chunks):
+        found = plan({name: x[row : row + 1] for name, x in examples.items()})[0]
         if found.shape != chunk.shape or not np.isfinite(found).all():
             return float("inf")
         worst = max(worst, float(np.abs(found - chunk).max()))
@@ -121,18 +135,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write_onnx(traced: TracedPolicy, observation: Tensor, noise: Tensor, path: Path) -> None:
+def _write_onnx(traced: TracedPolicy, inputs: Mapping[str, Tensor], path: Path) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "deploy")
+    # It tells of packages that are not needed here.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = _exported(
             "onnx",
             lambda: torch.onnx.export(
                 traced.graph,
-                (observation, noise),
+                tuple(inputs.values()),
                 dynamo=True,
-                input_names=["observation", "noise"],
+                input_names=list(inputs),
                 output_names=["chunk"],
                 verbose=False,
             ),
@@ -140,22 +156,20 @@ def _write_onnx(traced: TracedPolicy, observation: Tensor, noise: Tensor, path: 
     program.save(path, external_data=False)
 
 
-def _write_aoti(traced: TracedPolicy, observation: Tensor, noise: Tensor, path: Path) -> None:
-    program = _exported("aoti", lambda: torch.export.export(traced.graph, (observation, noise)))
+def _write_aoti(traced: TracedPolicy, inputs: Mapping[str, Tensor], path: Path) -> None:
+    program = _exported("aoti", lambda: torch.export.export(traced.graph, tuple(inputs.values())))
     _exported(
         "aoti",
         lambda: torch._inductor.aoti_compile_and_package(program, package_path=str(path)),
     )
 
 
-def _write_torchscript(
-    traced: TracedPolicy, observation: Tensor, noise: Tensor, path: Path
-) -> None:
+def _write_torchscript(traced: TracedPolicy, inputs: Mapping[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = _exported(
             "torchscript",
-            lambda: torch.jit.trace(traced.graph, (observation, noise), check_trace=False),
+            lambda: torch.jit.trace(traced.graph, tuple(inputs.values()), check_trace=False),
         )
     model.save(str(path))
 

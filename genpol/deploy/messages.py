@@ -7,7 +7,8 @@ bytes  type    what
 ====== ======= ===================================================================================
 4      chars   ``GPL1``: protocol and version
 1      uint8   kind: 1 observation, 2 command, 3 heartbeat, 4 stop, 5 reset, 6 greeting
-1      uint8   mode of a command: 0 run, 1 hold, 2 damp, 3 stop; else 0
+1      uint8   mode of a command: 0 run, 1 hold, 2 damp, 3 stop; of an observation: 1 if an
+               episode begins with it; else 0
 2      uint16  count of numbers
 8      uint64  sequence number, from 1, greater in every message of a sender
 8      int64   age in nanoseconds when it was sent: of an observation since it was measured
@@ -60,7 +61,7 @@ class Message:
         sequence: Its number.
         numbers: What it holds.
         age_s: Seconds from the measurement to the sending.
-        mode: Of a command, by number.
+        mode: Of a command, by number; of an observation, whether an episode begins.
     """
 
     kind: Kind

@@ -153,6 +153,11 @@ class SafetyFilter:
         """The last commands."""
         return [joint.position for joint in self._joints]
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether all commands have come to rest."""
+        return all(joint.at_rest for joint in self._joints)
+
     def step(self, target: Sequence[float] | None) -> Command:
         """Return what to send in this tick.
 
@@ -160,7 +165,7 @@ class SafetyFilter:
             target: What the policy wants, one number for each joint; ``None`` if nothing came.
         """
         if target is not None and (refusal := self._refusal(target)):
-            self._note(refusal)
+            self.note(refusal)
             target = None
         if self.stop_reason:
             command = Command([self._rest(i) for i in range(len(self._joints))], Mode.STOP)
@@ -176,7 +181,7 @@ class SafetyFilter:
         """Come to rest and stay there until :meth:`reset`, whatever comes."""
         if not self.stop_reason:
             self.stop_reason = reason
-            self._note(f"stop: {reason}")
+            self.note(f"stop: {reason}")
 
     def reset(self) -> None:
         """Go on after a stop.
@@ -184,10 +189,10 @@ class SafetyFilter:
         Raises:
             ConfigError: If it has not come to rest yet.
         """
-        if not all(joint.at_rest for joint in self._joints):
+        if not self.at_rest:
             raise ConfigError("reset: the robot still moves; wait until it has come to rest")
         if self.stop_reason:
-            self._note("reset")
+            self.note("reset")
         self.stop_reason = ""
         self._missed = 0
 
@@ -208,7 +213,7 @@ class SafetyFilter:
                 value = joint.step(wanted)
                 if value != wanted:
                     outside = not limits.low <= wanted <= limits.high
-                    self._note("position" if outside else "motion", limits.name, wanted, value)
+                    self.note("position" if outside else "motion", limits.name, wanted, value)
             else:
                 value = joint.jump(wanted)
             values.append(value)
@@ -217,7 +222,7 @@ class SafetyFilter:
     def _without_target(self) -> Command:
         mode = Mode.HOLD if self._missed < self._hold_ticks else Mode.DAMP
         self._missed += 1
-        self._note(mode.value)
+        self.note(mode.value)
         if mode is Mode.DAMP:
             return Command([self._rest(i) for i in range(len(self._joints))], mode)
         return Command([joint.rest() for joint in self._joints], mode)
@@ -226,9 +231,10 @@ class SafetyFilter:
         limits, joint = self.limits[index], self._joints[index]
         return joint.rest() if limits.interface == "position" else joint.step(limits.neutral)
 
-    def _note(
+    def note(
         self, what: str, joint: str = "", asked: float = math.nan, sent: float = math.nan
     ) -> None:
+        """Count an intervention, and keep it; see :class:`Event`."""
         self.counts[what] += 1
         self.events.append(Event(self.tick, what, joint, asked, sent))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,9 +25,18 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from genpol.agent import Agent, StatefulPolicy
 from genpol.errors import ConfigError
 from genpol.offline.chunk_agent import ChunkAgent
+from genpol.offline.correction import CorrectedPolicy
+from genpol.on_policy.pretrained import PretrainedPolicyHead
+from genpol.policies.diffusion import DiffusionPolicy
+from genpol.policies.flow import FlowPolicy
+from genpol.policies.real_time import bound_sample
+from genpol.pretrained import PolicyHolder
+from genpol.world_model import WorldModelAgent
 
-Act = Callable[[Tensor], Tensor]
-"""Observations ``[B, d]`` to chunks of actions ``[B, H, A]``."""
+Act = Callable[..., Tensor]
+"""Observations ``[B, d]``, and what else :attr:`Acting.memory` asks for, to ``[B, H, A]``."""
+
+MEMORIES = ("none", "plan", "chunk")
 
 _OTHER_DRAWS = (
     *(torch.rand, torch.rand_like, torch.randn_like, torch.randint, torch.randperm),
@@ -84,32 +94,82 @@ def _shape(args: tuple[Any, ...]) -> Sequence[int]:
 
 
 @dataclass(frozen=True)
+class Acting:
+    """What a policy does in acting, as a function.
+
+    Attributes:
+        act: The function.
+        action_steps: Actions of a chunk that are carried out before the next.
+        memory: What it is told of the chunk before: `none`; `plan`, its actions from now on with
+            zeros behind them, ``previous`` ``[B, H, A]``, where a search begins; or `chunk`, also
+            how much it is bound to each of them, ``kept`` ``[B, H]`` from 0 to 1.
+    """
+
+    act: Act
+    action_steps: int
+    memory: str = "none"
+
+
+@dataclass(frozen=True)
 class TracedPolicy:
     """A policy as a graph.
 
     Attributes:
-        graph: Maps observations ``[1, d]`` and noise ``[1, n]`` to chunks ``[1, H, A]``.
-        observation_dim: d, with the goal behind the observation where there is one.
-        noise_dim: n; 0 where nothing is drawn, and then the noise is not looked at.
+        graph: Maps its inputs, in order and with a leading dimension of 1, to ``[1, H, A]``.
+        inputs: Names and shapes: ``observation`` ``[d]``, with the goal behind it where there is
+            one; ``noise`` ``[n]``, which is not looked at if n is 0; ``previous`` and ``kept`` as
+            :class:`Acting` has them.
         horizon: H.
         action_dim: A.
-        action_steps: Actions of a chunk that are carried out before the next.
+        action_steps: See :class:`Acting`.
+        memory: See :class:`Acting`.
     """
 
     graph: GraphModule
-    observation_dim: int
-    noise_dim: int
+    inputs: Mapping[str, tuple[int, ...]]
     horizon: int
     action_dim: int
     action_steps: int
+    memory: str = "none"
+
+    @property
+    def observation_dim(self) -> int:
+        """Numbers of an observation d."""
+        return self.inputs["observation"][0]
+
+    @property
+    def noise_dim(self) -> int:
+        """Normal numbers n that a chunk takes."""
+        return self.inputs["noise"][0]
 
 
-def acting(agent: Agent, exploration: ExplorationType) -> tuple[Act, int]:
-    """Return what an agent's policy does with an observation, and how much of it is carried out.
+def acting(
+    agent: Agent, exploration: ExplorationType, *, real_time_chunking: bool = False
+) -> Acting:
+    """Return what an agent's policy does with an observation.
+
+    Args:
+        agent: Whose policy.
+        exploration: Whether it samples or takes modes.
+        real_time_chunking: Let chunks go on from those before; see
+            :mod:`genpol.policies.real_time`.
 
     Raises:
-        ConfigError: If its policy remembers what it did, so that it is no function.
+        ConfigError: If its policy remembers what a graph cannot be told, or cannot be bound.
     """
+    policy = agent.policy
+    corrected = policy if isinstance(policy, CorrectedPolicy) else None
+    if corrected is not None:
+        policy = corrected.policy
+    if real_time_chunking:
+        if corrected is not None:
+            raise ConfigError("export: real_time_chunking and a corrector do not go together")
+        return _bound(agent)
+    found = _plan(agent, policy, exploration)
+    return found if corrected is None else _corrected(found, corrected, agent)
+
+
+def _plan(agent: Agent, policy: TensorDictModuleBase, exploration: ExplorationType) -> Acting:
     if isinstance(agent, ChunkAgent):
         chunk_agent = agent
 
@@ -117,47 +177,139 @@ def acting(agent: Agent, exploration: ExplorationType) -> tuple[Act, int]:
             with set_exploration_type(exploration):
                 return chunk_agent.plan_actions(observation, agent.generator)
 
-        settings = agent.settings
-        return plan, settings.action_steps or settings.horizon - settings.past_steps
-    if isinstance(agent.policy, StatefulPolicy):
-        raise ConfigError(
-            f"export: {type(agent).__name__} acts by what it remembers of earlier steps, which a "
-            "graph of one step cannot hold"
-        )
+        return Acting(plan, _action_steps(agent))
+    if isinstance(agent, WorldModelAgent):
+        searcher = agent
+        first = "action" if exploration is ExplorationType.DETERMINISTIC else "explored"
+
+        def search(observation: Tensor, previous: Tensor) -> Tensor:
+            found = searcher.search(observation, previous, agent.generator)
+            action: Tensor = getattr(found, first)
+            return torch.cat((action.unsqueeze(1), found.plan[:, 1:]), dim=1)
+
+        return Acting(search, 1, "plan")
 
     def act(observation: Tensor) -> Tensor:
         step = TensorDict({"observation": observation}, observation.shape[:1])
         with set_exploration_type(exploration):
-            action: Tensor = agent.policy(step)["action"]
+            action: Tensor = policy(step)["action"]
         return action.unsqueeze(1)
 
-    return act, 1
+    if isinstance(policy, StatefulPolicy) and not isinstance(policy, PretrainedPolicyHead):
+        raise ConfigError(
+            f"export: {type(agent).__name__} acts by what it remembers of earlier steps, which a "
+            "graph of one step cannot hold"
+        )
+    chunking = getattr(getattr(agent, "settings", None), "chunking", None)
+    if chunking is None:
+        return Acting(act, 1)
+    horizon, steps = chunking
+    # The environment's action is a flattened chunk there.
+    return Acting(lambda observation: act(observation).unflatten(-1, (horizon, -1))[:, 0], steps)
 
 
-def trace(agent: Agent, *, stochastic: bool = False) -> TracedPolicy:
+def _corrected(found: Acting, corrected: CorrectedPolicy, agent: Agent) -> Acting:
+    if found.action_steps > 1:
+        raise ConfigError(
+            f"export: a corrector looks at every step's observation, and {found.action_steps} "
+            "actions are carried out without one; add agent.action_steps=1"
+        )
+    corrector, settings = corrected.corrector, corrected.settings
+    width = agent.specs.observation_dim
+
+    def correct(observation: Tensor, *memory: Tensor) -> Tensor:
+        chunk = found.act(observation, *memory)
+        first, _ = corrector.correct(observation[..., :width], chunk[:, 0], settings)
+        return torch.cat((first.unsqueeze(1), chunk[:, 1:]), dim=1)
+
+    return Acting(correct, 1, found.memory)
+
+
+def _bound(agent: Agent) -> Acting:
+    if not isinstance(agent, ChunkAgent) or not isinstance(agent, PolicyHolder):
+        raise ConfigError(
+            "export: real_time_chunking binds chunks of a flow model, which bc and ogpo have; "
+            f"{type(agent).__name__} has none"
+        )
+    flow = agent.behaviour
+    lacks = _why_not_bound(flow)
+    if lacks:
+        raise ConfigError(f"export: real_time_chunking binds chunks of a flow; this policy {lacks}")
+    assert isinstance(flow, FlowPolicy)
+    bound, chunk_agent = flow, agent
+
+    def plan(observation: Tensor, previous: Tensor, kept: Tensor) -> Tensor:
+        noise = torch.randn(1, *bound.action_shape, generator=chunk_agent.generator)
+        own = bound_sample(
+            bound, chunk_agent.encode(observation), noise, chunk_agent.own_actions(previous), kept
+        )
+        shift, scale = chunk_agent.action_shift, chunk_agent.action_scale
+        return (shift + scale * own).clamp(-1.0, 1.0)
+
+    return Acting(plan, _action_steps(agent), "chunk")
+
+
+def _why_not_bound(flow: FlowPolicy | DiffusionPolicy) -> str:
+    if isinstance(flow, DiffusionPolicy):
+        return "is a diffusion model"
+    if flow.horizon < 2:
+        return "makes single actions"
+    if flow.solver != "euler" or flow.state_clip is not None:
+        return "does not take plain Euler steps"
+    return ""
+
+
+def _action_steps(agent: ChunkAgent) -> int:
+    settings = agent.settings
+    return settings.action_steps or agent.plan_steps - settings.past_steps
+
+
+def trace(
+    agent: Agent, *, stochastic: bool = False, real_time_chunking: bool = False
+) -> TracedPolicy:
     """Trace an agent's policy.
 
     Args:
         agent: Whose policy.
         stochastic: Whether it samples, as in training, or takes modes where it has them.
+        real_time_chunking: See :func:`acting`.
 
     Raises:
-        ConfigError: If its policy is no function of an observation and Gaussian noise.
+        ConfigError: If its policy is no function of an observation, Gaussian noise, and the chunk
+            before.
     """
-    exploration = ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC
-    act, action_steps = acting(agent, exploration)
+    found = acting(agent, exploration_of(stochastic), real_time_chunking=real_time_chunking)
     width = agent.specs.observation_dim + agent.specs.goal_dim * bool(
         getattr(agent, "told_goal", False)
     )
     observation = torch.zeros(1, width)
+    memory = _memory(found, agent)
     with torch.no_grad():
         with NoiseTape() as tape:
-            chunk = act(observation)
+            chunk = found.act(observation, *memory.values())
         noise = torch.zeros(1, tape.used)
 
-        def function(observation: Tensor, noise: Tensor) -> Tensor:
+        def function(observation: Tensor, noise: Tensor, *memory: Tensor) -> Tensor:
             with NoiseTape(noise):
-                return act(observation)
+                return found.act(observation, *memory)
 
-        graph = make_fx(function)(observation, noise)
-    return TracedPolicy(graph, width, tape.used, chunk.shape[1], chunk.shape[2], action_steps)
+        graph = make_fx(function)(observation, noise, *memory.values())
+    given = {"observation": observation, "noise": noise, **memory}
+    inputs = {name: tuple(x.shape[1:]) for name, x in given.items()}
+    return TracedPolicy(
+        graph, inputs, chunk.shape[1], chunk.shape[2], found.action_steps, found.memory
+    )
+
+
+def _memory(found: Acting, agent: Agent) -> dict[str, Tensor]:
+    if found.memory == "none":
+        return {}
+    assert isinstance(agent, ChunkAgent | WorldModelAgent)
+    horizon = agent.plan_steps if isinstance(agent, ChunkAgent) else agent.settings.horizon
+    previous = {"previous": torch.zeros(1, horizon, agent.specs.action_dim)}
+    return previous | ({"kept": torch.zeros(1, horizon)} if found.memory == "chunk" else {})
+
+
+def exploration_of(stochastic: bool) -> ExplorationType:
+    """Return how a policy acts that samples, or does not."""
+    return ExplorationType.RANDOM if stochastic else ExplorationType.DETERMINISTIC

@@ -39,7 +39,7 @@ CONTRACT = Contract(
     period_s=0.02,
     horizon=3,
     action_steps=2,
-    noise_dim=6,
+    inputs={"observation": (5,), "noise": (6,)},
     sampling="mode",
     solver_steps=2,
 )
@@ -66,7 +66,7 @@ def traced(policy) -> TracedPolicy:
 @pytest.fixture(scope="module")
 def bundle(policy, traced, tmp_path_factory) -> Bundle:
     target = tmp_path_factory.mktemp("bundles") / "reach"
-    act, _ = acting(policy, ExplorationType.DETERMINISTIC)
+    act = acting(policy, ExplorationType.DETERMINISTIC).act
     observations = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
     formats = ("onnx", "torchscript")
     return export.write(target, traced, act, CONTRACT, observations, formats=formats)
@@ -85,8 +85,9 @@ def copied(bundle, tmp_path) -> Path:
 def test_formats_do_as_the_trained_policy(bundle: Bundle, form: str) -> None:
     assert bundle.contract.parity[form] <= 1e-6
     examples = bundle.examples()
-    found = bundle.load(form)(examples["observation"][2:3], examples["noise"][2:3])
-    np.testing.assert_allclose(found[0], examples["chunk"][2], atol=1e-6)
+    chunks = examples.pop("chunk")
+    found = bundle.load(form)({name: x[2:3] for name, x in examples.items()})
+    np.testing.assert_allclose(found[0], chunks[2], atol=1e-6)
     assert found.shape == (1, 3, 2)
     assert np.abs(found).max() > 0.01
 
@@ -122,6 +123,7 @@ def test_missing_file_is_named(copied: Path, name: str) -> None:
         ({"format_version": 2}, "version 2"),
         ({"period_s": 0.0}, "period_s"),
         ({"commands": [[0, 1]]}, "1 entries for 2 joints"),
+        ({"observation_steps": 2}, "make 10 numbers"),
         ({"files": {"../../etc/passwd": "0"}}, "missing"),
     ],
 )
@@ -133,7 +135,7 @@ def test_wrong_contract_is_refused(copied: Path, change: dict, message: str) -> 
 
 
 def test_existing_bundle_is_not_overwritten(bundle, policy, traced) -> None:
-    act, _ = acting(policy, ExplorationType.DETERMINISTIC)
+    act = acting(policy, ExplorationType.DETERMINISTIC).act
     before = (bundle.folder / "contract.json").read_text()
     with pytest.raises(DatasetError):
         export.write(bundle.folder, traced, act, CONTRACT, torch.zeros(2, 5))
@@ -141,7 +143,7 @@ def test_existing_bundle_is_not_overwritten(bundle, policy, traced) -> None:
 
 
 def test_what_differs_from_the_policy_is_not_written(policy, traced, tmp_path) -> None:
-    act, _ = acting(policy, ExplorationType.DETERMINISTIC)
+    act = acting(policy, ExplorationType.DETERMINISTIC).act
 
     def other(observation: torch.Tensor) -> torch.Tensor:
         return act(observation) + 1e-3
@@ -187,7 +189,7 @@ def test_bundle_runs_without_torch(bundle: Bundle) -> None:
         "import sys; from pathlib import Path; import numpy as np\n"
         "from genpol.deploy.bundle import open_bundle\n"
         f"bundle = open_bundle(Path({str(bundle.folder)!r})); x = bundle.examples()\n"
-        "chunk = bundle.load()(x['observation'][:1], x['noise'][:1])\n"
+        "chunk = bundle.load()({name: a[:1] for name, a in x.items()})\n"
         "assert np.allclose(chunk, x['chunk'][:1], atol=1e-5)\n"
         "sys.exit('torch' in sys.modules)"
     )

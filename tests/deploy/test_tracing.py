@@ -46,15 +46,15 @@ def make(name: str, options: dict[str, Any]) -> Agent:
 def test_graph_is_the_policy(name: str, options: dict[str, Any]) -> None:
     agent = make(name, options)
     traced = trace(agent)
-    act, steps = acting(agent, ExplorationType.DETERMINISTIC)
+    found = acting(agent, ExplorationType.DETERMINISTIC)
     draw = torch.Generator().manual_seed(1)
     observation = torch.randn(1, traced.observation_dim, generator=draw)
     noise = torch.randn(1, traced.noise_dim, generator=draw)
     with torch.no_grad(), NoiseTape(noise):
-        wanted = act(observation)
+        wanted = found.act(observation)
     torch.testing.assert_close(traced.graph(observation, noise), wanted)
     assert wanted.shape == (1, traced.horizon, traced.action_dim)
-    assert traced.action_steps == steps
+    assert traced.action_steps == found.action_steps
     assert wanted.abs().max() > 0
 
 

@@ -26,6 +26,7 @@ FORMATS = {
     "ogbench": "genpol.data.formats.ogbench",
     "d4rl": "genpol.data.formats.d4rl",
     "robomimic": "genpol.data.formats.robomimic",
+    "mcap": "genpol.data.formats.mcap",
 }
 WRITABLE = ("genpol", "minari", "ogbench")
 

@@ -14,10 +14,12 @@ class Observed(NamedTuple):
     Attributes:
         values: Its numbers, in the order and the units of the contract.
         measured_s: When it was measured, on this process's monotonic clock.
+        first: Whether an episode begins with it; robots have no episodes.
     """
 
     values: tuple[float, ...]
     measured_s: float
+    first: bool = False
 
 
 class Link(ABC):
@@ -51,6 +53,10 @@ class Link(ABC):
     def stop_requested(self) -> str:
         """Why the robot's side wants a stop; empty if it does not."""
         return ""
+
+    def take_reset(self) -> bool:
+        """Return whether the robot's side asked to go on after a stop since this was last asked."""
+        return False
 
     def statistics(self) -> dict[str, int]:
         """Return counts of what was lost or dropped."""

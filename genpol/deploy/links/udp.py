@@ -89,6 +89,7 @@ class UdpLink(Link):
         self._greeted_s = -1.0
         self._heard = False
         self._stop = ""
+        self._reset = False
 
     def open(self) -> None:
         """See :class:`~genpol.deploy.links.Link`; a robot may come up later."""
@@ -112,9 +113,12 @@ class UdpLink(Link):
             for message, _ in self._endpoint.messages(wait):
                 self._heard = True
                 if message.kind is Kind.OBSERVATION:
-                    newest = Observed(message.numbers, time.monotonic() - message.age_s)
+                    first = message.mode == 1 or (newest is not None and newest.first)
+                    newest = Observed(message.numbers, time.monotonic() - message.age_s, first)
                 elif message.kind is Kind.STOP:
                     self._stop = "the robot's side asked for it"
+                elif message.kind is Kind.RESET:
+                    self._stop, self._reset = "", True
             if newest is not None or time.monotonic() >= deadline:
                 return newest
 
@@ -128,6 +132,11 @@ class UdpLink(Link):
     def stop_requested(self) -> str:
         """See :class:`~genpol.deploy.links.Link`."""
         return self._stop
+
+    def take_reset(self) -> bool:
+        """See :class:`~genpol.deploy.links.Link`."""
+        asked, self._reset = self._reset, False
+        return asked
 
     def statistics(self) -> dict[str, int]:
         """See :class:`~genpol.deploy.links.Link`."""
@@ -185,13 +194,20 @@ class UdpRobot:
                 newest = Command(list(message.numbers), _MODES[message.mode])
         return newest
 
-    def observation(self, values: Sequence[float], *, age_s: float = 0.0) -> None:
+    def observation(
+        self, values: Sequence[float], *, age_s: float = 0.0, first: bool = False
+    ) -> None:
         """Send an observation to whoever greeted last."""
-        self._send(self._endpoint.sender.message(Kind.OBSERVATION, values, age_s=age_s))
+        message = self._endpoint.sender.message
+        self._send(message(Kind.OBSERVATION, values, age_s=age_s, mode=int(first)))
 
     def stop(self) -> None:
         """Ask the controller for a stop."""
         self._send(self._endpoint.sender.message(Kind.STOP))
+
+    def reset(self) -> None:
+        """Ask the controller to go on after a stop."""
+        self._send(self._endpoint.sender.message(Kind.RESET))
 
     def close(self) -> None:
         """Stop listening."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genpol.cli import bench_fql, bench_guidance, bench_ppo, bench_stepping
+from genpol.cli import bench_fql, bench_guidance, bench_latency, bench_ppo, bench_stepping
 from genpol.errors import ConfigError, nearest
 from genpol.provenance import code_version, machine, usable_cores
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SUMMARY = "measure the speed of stepping and learning beside other libraries"
 USAGE = """
 usage: genpol bench env=NAME [num_envs=1024] [key=value ...] [options]
-       genpol bench agent=ppo|fql|qgf [env=NAME] [key=value ...] [--learning] [options]
+       genpol bench agent=ppo|fql|qgf|bc [env=NAME] [key=value ...] [--learning] [options]
 
 Measures the environment alone, with the policy, under torchrl's Collector and with learning, beside
 a bare C loop over mj_step, EnvPool, gymnasium's AsyncVectorEnv and torchrl's ParallelEnv.
@@ -32,6 +32,9 @@ With --learning, which these agents without env= imply, measures
               rollout, passes, minibatches and cores are the same for all
   agent=fql   updates of FQL beside a plain torch loop and a jitted JAX update
   agent=qgf   what guidance costs in acting, beside best of N
+  agent=bc    milliseconds from an observation to an action: exported (ONNX, AOTInductor,
+              TorchScript), as trained, and in a loop over diffusers' scheduler; --save writes
+              bench-latency.csv
 
 All take turns in every round, so that the ratios hold on a machine whose speed drifts.
 
@@ -124,6 +127,12 @@ _LEARNING = {
 }
 
 
+_LATENCY = "bc"
+_DEFAULTS = {name: suite.defaults for name, suite in _LEARNING.items()} | {
+    _LATENCY: bench_latency.DEFAULTS
+}
+
+
 def run(arguments: list[str]) -> int:
     """Measure, print the table, and with ``--save`` record it.
 
@@ -131,6 +140,8 @@ def run(arguments: list[str]) -> int:
         ConfigError: If an argument is wrong.
     """
     options = _parse(arguments)
+    if options.learning == _LATENCY:
+        return _run_latency(options)
     suite = _LEARNING[options.learning] if options.learning else _STEPPING
     _check_names(options.only, suite.keys)
     import torch
@@ -152,6 +163,27 @@ def run(arguments: list[str]) -> int:
     _print(suite, chosen, found, settings)
     if options.save:
         _save(suite, found, options, settings)
+    return 0
+
+
+def _run_latency(options: _Options) -> int:
+    _check_names(options.only, bench_latency.KEYS)
+    import torch
+
+    from genpol.cli.configuration import compose, to_settings
+    from genpol.report import results
+
+    settings = to_settings(compose(options.overrides))
+    torch.set_num_threads(settings.num_threads or usable_cores())
+    request = bench_latency.Request(
+        arguments=options.arguments,
+        seconds=options.seconds,
+        rounds=options.rounds,
+        only=options.only,
+        save=(options.results or results.results_folder()) if options.save else None,
+        progress=_progress,
+    )
+    bench_latency.run(settings, request)
     return 0
 
 
@@ -312,7 +344,7 @@ def _parse(arguments: list[str]) -> _Options:
         else:
             options.overrides.append(name + equals + value)
     agent = next((x[6:] for x in options.overrides if x.startswith("agent=")), "")
-    alone = agent in _LEARNING and not any(x.startswith("env=") for x in options.overrides)
+    alone = agent in _DEFAULTS and not any(x.startswith("env=") for x in options.overrides)
     if learning or alone:
         options.learning = agent or "ppo"
         options.overrides = complete(options.overrides, options.learning)
@@ -325,13 +357,13 @@ def complete(overrides: Sequence[str], agent: str) -> list[str]:
     Raises:
         ConfigError: If it is an agent whose learning is compared with nothing.
     """
-    if agent not in _LEARNING:
+    if agent not in _DEFAULTS:
         raise ConfigError(
-            f"agent={agent}: --learning measures {', '.join(_LEARNING)}; set one of them, or leave "
+            f"agent={agent}: --learning measures {', '.join(_DEFAULTS)}; set one of them, or leave "
             "--learning out to measure stepping"
         )
     given = {text.partition("=")[0] for text in overrides}
-    defaults = {"agent": agent, **_LEARNING[agent].defaults}
+    defaults = {"agent": agent, **_DEFAULTS[agent]}
     missing = [f"{key}={value}" for key, value in defaults.items() if key not in given]
     return [*overrides, *missing]
 

@@ -37,8 +37,8 @@ happened: latencies, missed deadlines, interventions.
                          --help` of the extra: controller=/forward_controller domain=0
                          command=array|trajectory states=/joint_states
   seconds, episodes      when to end; without them a robot runs until Ctrl-C, a simulation 60 s
-  record                 an MCAP file, which Foxglove opens and data= of `genpol train` reads; its
-                         Minari form: genpol data convert run.mcap robot-v0 format=minari
+  record                 an MCAP file, which Foxglove opens and data= of `genpol train` reads
+  minari                 the same as a Minari data set, made at the end; named NAME-v0
   format=onnx            aoti or torchscript, where the bundle has it
   start={joint: command} where joints stand that do not tell
   --unsafe-no-limits     send what is finite as it is; the limits of the contract are on otherwise
@@ -73,6 +73,7 @@ class _Request:
     episodes: int = 0
     seed: int = 20_000
     record: Path | None = None
+    minari: Path | None = None
     report: Path | None = None
     format: str = "onnx"
     key: Path | None = None
@@ -102,6 +103,7 @@ def run(arguments: list[str]) -> int:
     contract = bundle.contract
     if request.report is not None and request.report.exists():
         raise ConfigError(f"report: {request.report}: exists already; give another name")
+    record = _recording(request)
     if not request.limited:
         sys.stderr.write(
             "genpol: WARNING: --unsafe-no-limits: whatever the policy wants is sent to the robot\n"
@@ -112,8 +114,8 @@ def run(arguments: list[str]) -> int:
     try:
         policy.start()
         view = sys.stderr.isatty()
-        if request.record is not None or view:
-            observer = Observer(contract, record=request.record, view=view)
+        if record is not None or view:
+            observer = Observer(contract, record=record, view=view)
         link, simulation = _open_link(request, contract)
         try:
             report = _control(request, contract, link, policy, observer, simulation)
@@ -125,7 +127,22 @@ def run(arguments: list[str]) -> int:
             observer.close()
         outcome = None if simulation is None else simulation.close()
     _tell(report, outcome, request, observer.dropped if observer is not None else 0)
+    if request.minari is not None and record is not None:
+        from genpol.data import formats
+
+        formats.convert(record, request.minari, "minari")
+        sys.stdout.write(f"{record}\n{request.minari}\n")
     return 1 if report.stop_reason else 0
+
+
+def _recording(request: _Request) -> Path | None:
+    """Return the file to record, after a look at the names."""
+    if request.minari is None:
+        return request.record
+    from genpol.data import formats
+
+    formats.check_target(request.minari, "minari")
+    return request.record or request.minari.with_name(f"{request.minari.name}.mcap")
 
 
 def _form(request: _Request, bundle: Bundle) -> str:
@@ -338,6 +355,7 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "episodes": lambda key, value: _number(key, value, int),
     "seed": lambda key, value: _number(key, value, int),
     "record": lambda _, value: Path(value),
+    "minari": lambda _, value: Path(value),
     "report": lambda _, value: Path(value),
     "key": lambda _, value: Path(value),
     "viewer": _flag,

@@ -112,6 +112,7 @@ class Simulation:
         self._process.start()
         theirs.close()
         self._outcome = Outcome()
+        self._waiting: threading.Thread | None = None
         try:
             told = self._connection.recv() if self._connection.poll(_START_S) else "no answer"
         except (EOFError, OSError):
@@ -136,7 +137,8 @@ class Simulation:
         """End it, and return what it saw."""
         with suppress(OSError):
             self._connection.send(None)
-        self._waiting.join(_END_S)
+        if self._waiting is not None:
+            self._waiting.join(_END_S)
         self._process.join(_END_S)
         if self._process.is_alive():
             self._process.kill()

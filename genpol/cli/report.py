@@ -43,6 +43,8 @@ _RATES = {
     "samples_per_s/": "samples learned from per second",
     "updates_per_s/": "updates per second",
     "plans_per_s/": "plans per second",
+    "p99_ms/": "milliseconds per action, the 99th of 100",
+    "p50_ms/": "milliseconds per action, median",
 }
 _FIGURES = (".png", ".pdf", ".svg")
 

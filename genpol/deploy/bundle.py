@@ -14,7 +14,7 @@ Every file's SHA-256 stands in the contract and is checked before the policy act
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,7 @@ class Bundle:
                 f"format = {form!r}: {self.folder} has {', '.join(self.formats)}; export it anew "
                 f"with formats=[onnx,{form}]"
             )
-        path = self.folder / FILES[form]
-        if form == "onnx":
-            return _load_onnx(path, num_threads)
-        return _load_torch(path, form, list(self.contract.inputs), num_threads)
+        return load(self.folder / FILES[form], form, list(self.contract.inputs), num_threads)
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -116,6 +113,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def load(path: Path, form: str, inputs: Sequence[str], num_threads: int = 1) -> Plan:
+    """Load a policy from a file of one format.
+
+    Args:
+        path: The file.
+        form: ``onnx``, ``aoti`` or ``torchscript``.
+        inputs: Names of its inputs, in order.
+        num_threads: Of the policy's arithmetic.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+        MissingExtraError: If what runs it is not installed.
+    """
+    if form == "onnx":
+        return _load_onnx(path, num_threads)
+    return _load_torch(path, form, inputs, num_threads)
+
+
 def _load_onnx(path: Path, num_threads: int) -> Plan:
     onnxruntime: Any = require("onnxruntime", "deploy")
     options = onnxruntime.SessionOptions()
@@ -139,7 +154,7 @@ def _load_onnx(path: Path, num_threads: int) -> Plan:
     return plan
 
 
-def _load_torch(path: Path, form: str, names: list[str], num_threads: int) -> Plan:
+def _load_torch(path: Path, form: str, names: Sequence[str], num_threads: int) -> Plan:
     import torch
 
     torch.set_num_threads(num_threads)

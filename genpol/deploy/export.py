@@ -17,7 +17,7 @@ from torch import Tensor
 import genpol
 from genpol.data.staging import staged
 from genpol.deploy import contract as contracts
-from genpol.deploy.bundle import EXAMPLES, FILES, Bundle, sha256
+from genpol.deploy.bundle import EXAMPLES, FILES, Bundle, Plan, load, sha256
 from genpol.deploy.contract import Contract
 from genpol.deploy.tracing import NoiseTape, TracedPolicy
 from genpol.errors import GenpolError, require
@@ -99,6 +99,16 @@ def write(
     return Bundle(target, contracts.read(target / contracts.FILE))
 
 
+def single(traced: TracedPolicy, inputs: Mapping[str, Tensor], folder: Path, form: str) -> Plan:
+    """Write one format of a policy into a folder, without a contract, and load it.
+
+    The arguments and errors are those of :func:`write`; ``inputs`` are ``[1, ...]`` by name.
+    """
+    path = folder / FILES[form]
+    _WRITERS[form](traced, inputs, path)
+    return load(path, form, list(inputs))
+
+
 def _examples(traced: TracedPolicy, observations: Tensor, seed: int) -> dict[str, Tensor]:
     """Return inputs ``[N, ...]``: observations as given, the rest drawn."""
     draw = torch.Generator().manual_seed(seed)
@@ -140,19 +150,17 @@ def _write_onnx(traced: TracedPolicy, inputs: Mapping[str, Tensor], path: Path) 
         require(module, "deploy")
     # It tells of packages that are not needed here.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program: Any = _exported(
-            "onnx",
-            lambda: torch.onnx.export(
-                traced.graph,
-                tuple(inputs.values()),
-                dynamo=True,
-                input_names=list(inputs),
-                output_names=["chunk"],
-                verbose=False,
-            ),
-        )
+    program: Any = _exported(
+        "onnx",
+        lambda: torch.onnx.export(
+            traced.graph,
+            tuple(inputs.values()),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=["chunk"],
+            verbose=False,
+        ),
+    )
     program.save(path, external_data=False)
 
 
@@ -165,18 +173,18 @@ def _write_aoti(traced: TracedPolicy, inputs: Mapping[str, Tensor], path: Path) 
 
 
 def _write_torchscript(traced: TracedPolicy, inputs: Mapping[str, Tensor], path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = _exported(
-            "torchscript",
-            lambda: torch.jit.trace(traced.graph, tuple(inputs.values()), check_trace=False),
-        )
+    model: Any = _exported(
+        "torchscript",
+        lambda: torch.jit.trace(traced.graph, tuple(inputs.values()), check_trace=False),
+    )
     model.save(str(path))
 
 
 def _exported(form: str, make: Callable[[], Any]) -> Any:
     try:
-        return make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is deprecated within torch
+            return make()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ExportError(

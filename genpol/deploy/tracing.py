@@ -39,15 +39,18 @@ Act = Callable[..., Tensor]
 MEMORIES = ("none", "plan", "chunk")
 
 _OTHER_DRAWS = (
-    *(torch.rand, torch.rand_like, torch.randn_like, torch.randint, torch.randperm),
+    *(torch.rand_like, torch.randn_like, torch.randint, torch.randperm),
     *(torch.normal, torch.bernoulli, torch.multinomial, torch.poisson),
     *(torch.Tensor.uniform_, torch.Tensor.exponential_, torch.Tensor.bernoulli_),
     torch.Tensor.random_,
 )
+_BELOW_ONE = 1.0 - 2.0**-24
 
 
 class NoiseTape(TorchFunctionMode):
     """Takes the generator's place: each ``torch.randn`` or ``normal_`` is the next slice of a tape.
+
+    So is each ``torch.rand``, of which the tape holds the normal quantiles.
 
     Args:
         tape: ``[B, n]``; ``None`` to draw as ever and only count.
@@ -77,15 +80,17 @@ class NoiseTape(TorchFunctionMode):
         if func in _OTHER_DRAWS or (func is torch.Tensor.normal_ and not standard):
             raise ConfigError(
                 f"export: the policy draws {getattr(func, '__name__', func)} numbers in acting, "
-                "which cannot be an input; only standard Gaussian ones can"
+                "which cannot be an input; only standard Gaussian and uniform ones can"
             )
-        if func is not torch.randn and not in_place:
+        if func not in (torch.randn, torch.rand) and not in_place:
             return func(*args, **kwargs)
         shape = args[0].shape if in_place else torch.Size(kwargs.get("size") or _shape(args))
         first, self.used = self.used, self.used + math.prod(shape) // self._batch
         if self._tape is None:
             return func(*args, **kwargs)
         drawn = self._tape[:, first : self.used].reshape(shape)
+        if func is torch.rand:
+            return (0.5 + 0.5 * torch.erf(drawn / math.sqrt(2.0))).clamp(max=_BELOW_ONE)
         return args[0].copy_(drawn) if in_place else drawn
 
 

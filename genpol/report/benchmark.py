@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,20 +101,70 @@ def measure(
     """
     found = Measurements()
     with ExitStack() as cleanup:
-        chunks: dict[str, Chunk] = {}
-        for contender in contenders:
-            progress(f"setting up {contender.key}")
-            try:
-                chunks[contender.key] = contender.build(cleanup)
-            except SkippedError as reason:
-                found.skipped[contender.key] = str(reason)
+        chunks = _build(contenders, found.skipped, cleanup, progress)
         found.samples = {key: [] for key in chunks}
-        for index in range(rounds):
-            # Reversed every other time, a steady drift of the machine cancels out of the ratios.
-            for key in list(chunks) if index % 2 == 0 else reversed(list(chunks)):
-                progress(f"round {index + 1} of {rounds}: {key}")
-                found.samples[key].append(_sample(chunks[key], seconds))
+        for key in _turns(list(chunks), rounds, progress):
+            found.samples[key].append(_sample(chunks[key], seconds))
     return found
+
+
+def measure_calls(
+    contenders: Sequence[Contender],
+    *,
+    seconds: float,
+    rounds: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
+    """Measure how long each call of a contender's work takes.
+
+    The arguments are those of :func:`measure`.
+
+    Returns:
+        By contender, the seconds of the calls ``[calls]`` in each round; and why others were
+        skipped.
+    """
+    skipped: dict[str, str] = {}
+    with ExitStack() as cleanup:
+        chunks = _build(contenders, skipped, cleanup, progress)
+        found: dict[str, list[np.ndarray]] = {key: [] for key in chunks}
+        for key in _turns(list(chunks), rounds, progress):
+            found[key].append(_calls(chunks[key], seconds))
+    return found, skipped
+
+
+def _build(
+    contenders: Sequence[Contender],
+    skipped: dict[str, str],
+    cleanup: ExitStack,
+    progress: Callable[[str], None],
+) -> dict[str, Chunk]:
+    chunks: dict[str, Chunk] = {}
+    for contender in contenders:
+        progress(f"setting up {contender.key}")
+        try:
+            chunks[contender.key] = contender.build(cleanup)
+        except SkippedError as reason:
+            skipped[contender.key] = str(reason)
+    return chunks
+
+
+def _turns(keys: Sequence[str], rounds: int, progress: Callable[[str], None]) -> Iterator[str]:
+    """Yield whose turn it is."""
+    for index in range(rounds):
+        # Reversed every other time, a steady drift of the machine cancels out of the ratios.
+        for key in keys if index % 2 == 0 else reversed(keys):
+            progress(f"round {index + 1} of {rounds}: {key}")
+            yield key
+
+
+def _calls(chunk: Chunk, seconds: float) -> np.ndarray:
+    times, left = [], seconds
+    while left > 0:
+        start = time.perf_counter()
+        chunk()
+        times.append(time.perf_counter() - start)
+        left -= times[-1]
+    return np.array(times)
 
 
 def _sample(chunk: Chunk, seconds: float) -> Sample:

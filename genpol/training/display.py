@@ -123,11 +123,11 @@ class TerminalReport:
 
 
 def _count(number: float) -> str:
-    """Return three digits and a unit: 950, 12.3k, 1.5M."""
+    """Return three digits and a unit: 0.35, 950, 12.3k, 1.5M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.3g}{unit}"
-    return f"{number:.0f}"
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _duration(seconds: float) -> str:

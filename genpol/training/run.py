@@ -449,13 +449,20 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _versions() -> dict[str, str | None]:
-    """Return the versions of what decides a result; ``None`` for what is not installed."""
+    """Return the versions of what decides a result.
+
+    ``None`` stands for what is not installed though it must be; other simulators are told if they
+    are there.
+    """
     versions: dict[str, str | None] = {"genpol": genpol.__version__}
     for package in ("torch", "torchrl", "tensordict", "mujoco"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    for simulator in ("dm-control", "gymnasium", "ogbench", "metaworld", "isaaclab"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[simulator] = importlib.metadata.version(simulator)
     return versions
 
 

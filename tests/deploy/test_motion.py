@@ -104,6 +104,25 @@ def test_far_target_is_reached_with_hardly_any_overshoot_and_held() -> None:
     assert np.argmax(commands > 0.69) * DT < 1.5 * needed
 
 
+@pytest.mark.parametrize("speed", [0.3, 1.0, -0.8])
+def test_target_that_moves_is_caught_up_with_and_then_followed(speed: float) -> None:
+    bounds = MotionBounds(low=-3.0, high=3.0, velocity=2.0, acceleration=20.0, jerk=400.0)
+    wanted = 0.5 + speed * np.arange(100) * DT
+    commands = run(bounds, wanted.tolist())[3:]
+    assert excess(bounds, run(bounds, wanted.tolist())) < TOLERANCE
+    assert abs(commands[0] - wanted[0]) > 0.4
+    # After the time that the catching up takes at twice its speed, exactly there.
+    np.testing.assert_allclose(commands[60:], wanted[60:], atol=1e-12)
+
+
+def test_sine_within_the_bounds_is_followed_after_a_start_elsewhere() -> None:
+    bounds = MotionBounds(low=-2.0, high=2.0, velocity=2.0, acceleration=20.0, jerk=400.0)
+    wanted = np.sin(0.8 * np.arange(500) * DT + 2.0)
+    commands = run(bounds, wanted.tolist())[3:]
+    assert np.abs(commands - wanted)[100:].max() < 1e-3
+    assert excess(bounds, run(bounds, wanted.tolist())) < TOLERANCE
+
+
 def test_velocity_bound_alone_is_a_slope() -> None:
     bounds = MotionBounds(low=-1.0, high=1.0, velocity=2.0)
     commands = run(bounds, [1.0] * 30)[3:]

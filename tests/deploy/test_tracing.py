@@ -81,8 +81,18 @@ def test_a_sampling_gaussian_takes_its_noise_too() -> None:
     assert trace(make("ppo", {})).noise_dim == 0
 
 
-def test_draws_that_are_not_standard_gaussian_are_refused() -> None:
-    with pytest.raises(ConfigError, match="rand numbers"), NoiseTape():
-        torch.rand(3)
+def test_uniform_numbers_have_their_quantiles_on_the_tape() -> None:
+    wanted = torch.linspace(0.01, 0.99, 7)
+    with NoiseTape(torch.special.ndtri(wanted).unsqueeze(0)) as tape:
+        found = torch.rand(7, generator=torch.Generator())
+    torch.testing.assert_close(found, wanted)
+    assert tape.used == 7
+    with NoiseTape(torch.full((1, 1), 40.0)):
+        assert torch.rand(1) < 1.0
+
+
+def test_draws_that_are_neither_gaussian_nor_uniform_are_refused() -> None:
+    with pytest.raises(ConfigError, match="randint numbers"), NoiseTape():
+        torch.randint(3, (1,))
     with pytest.raises(ConfigError, match="normal_ numbers"), NoiseTape():
         torch.zeros(3).normal_(std=2.0)

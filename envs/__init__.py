@@ -136,6 +136,7 @@ def make(
                 vector_reward=settings.vector_reward and training,
                 group_size=settings.group_size if training else 1,
                 group_steps=settings.group_steps,
+                backend=settings.backend,
                 device=device,
             )
         case MultiTaskSettings():

@@ -31,6 +31,7 @@ METAWORLD_NAMES = (
     *("reach-v3", "reach-wall-v3", "shelf-place-v3", "soccer-v3", "stick-pull-v3"),
     *("stick-push-v3", "sweep-into-v3", "sweep-v3", "window-close-v3", "window-open-v3"),
 )
+BACKENDS = ("batch", "warp")
 METAWORLD_REWARDS = ("sparse", "dense")
 
 
@@ -64,6 +65,9 @@ class MujocoSettings(HistorySettings):
     """Environments that set out from one state together in training, for agent.advantage=group."""
     group_steps: int = 0
     """Actions after which they do so again: agent.rollout_steps."""
+    backend: str = "batch"
+    """What steps the physics: `batch`, MuJoCo on the CPU in float64, or `warp`, MuJoCo Warp in
+    float32 on the run's device."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -76,6 +80,7 @@ class MujocoSettings(HistorySettings):
         at_least("env.train_episode_steps", self.train_episode_steps, 0)
         at_least("env.group_size", self.group_size, 1)
         at_least("env.group_steps", self.group_steps, 0)
+        one_of("env.backend", self.backend, BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class BallInCup(SuiteTask):
             int(self.model.joint(name).qposadr[0]) for name in ("ball_x", "ball_z")
         ]
         target_size = torch.from_numpy(self.model.site_size[self._target].copy())
-        self._reach = target_size[[_X, _Z]] - float(self.model.geom("ball").size[0])
+        self.constants["reach"] = target_size[[_X, _Z]] - float(self.model.geom("ball").size[0])
 
     def initialize(self, sim: BatchedSimulation, ids: Tensor, generator: torch.Generator) -> None:
         """Place the ball uniformly where it touches nothing."""
@@ -47,7 +47,7 @@ class BallInCup(SuiteTask):
     def reward(self, sim: BatchedSimulation) -> Tensor:
         """Return 1 with the whole ball in the cup, else 0."""
         offset = sim.field("site_xpos")[:, self._target] - sim.field("xpos")[:, self._ball]
-        return (offset[:, [_X, _Z]].abs() < self._reach).all(-1).double()
+        return (offset[:, [_X, _Z]].abs() < self.constants["reach"]).all(-1).double()
 
 
 TASKS = {"BallInCup": BallInCup}

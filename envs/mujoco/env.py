@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mujoco
 import numpy as np
@@ -16,6 +16,9 @@ from torchrl.envs import EnvBase
 from genpol.envs.mujoco.simulation import BatchedSimulation, Stage
 from genpol.envs.mujoco.task import Task
 from genpol.errors import ConfigError, GenpolError
+
+if TYPE_CHECKING:
+    from genpol.envs.mujoco.warp_simulation import WarpSimulation
 
 
 class MujocoEnv(EnvBase):
@@ -49,7 +52,8 @@ class MujocoEnv(EnvBase):
             to a group; 1 for none. Every ``group_steps`` steps all are truncated and set out
             anew from where the first of each group stands, whose episode goes on.
         group_steps: See ``group_size``.
-        device: Where tensors are given and taken; the physics stays on the CPU.
+        backend: What steps the physics: ``batch``, on the CPU, or ``warp``, on ``device``.
+        device: Where tensors are given and taken.
 
     Raises:
         ConfigError: If the settings do not fit the task.
@@ -71,6 +75,7 @@ class MujocoEnv(EnvBase):
         vector_reward: bool = False,
         group_size: int = 1,
         group_steps: int = 0,
+        backend: str = "batch",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
@@ -109,24 +114,35 @@ class MujocoEnv(EnvBase):
         self._stagger = stagger
         self._restored = False
         self._renderer: mujoco.Renderer | None = None
-        self.sim = BatchedSimulation(
-            task.model,
-            num_envs,
-            fields=task.fields,
-            expanded=task.expanded,
-            num_threads=num_threads,
-            persistent=task.persistent or None,
-        )
+        self.sim = self._simulate(backend, num_envs, num_threads)
         task.allocate(num_envs)
-        self._all = torch.arange(num_envs)
+        task.to(self.sim.device, self.sim.dtype)
+        home = {"device": self.sim.device}
+        self._all = torch.arange(num_envs, **home)
         self._leaders = self._all - self._all % group_size
-        self._over = torch.ones(num_envs, dtype=torch.bool)
-        self._elapsed = torch.zeros(num_envs, dtype=torch.int64)
-        self._is_init = torch.ones(num_envs, 1, dtype=torch.bool)
+        self._over = torch.ones(num_envs, dtype=torch.bool, **home)
+        self._elapsed = torch.zeros(num_envs, dtype=torch.int64, **home)
+        self._is_init = torch.ones(num_envs, 1, dtype=torch.bool, **home)
         self.set_seed(seed)
         self._start(self._all)
         self._observation = self._observe()
         self._make_specs()
+
+    def _simulate(
+        self, backend: str, num_envs: int, num_threads: int
+    ) -> BatchedSimulation | WarpSimulation:
+        task = self.task
+        options: dict[str, Any] = {
+            "fields": task.fields,
+            "expanded": task.expanded,
+            "num_threads": num_threads,
+        }
+        if backend == "batch":
+            persistent = task.persistent or None
+            return BatchedSimulation(task.model, num_envs, persistent=persistent, **options)
+        from genpol.envs.mujoco.warp_simulation import WarpSimulation
+
+        return WarpSimulation(task.model, num_envs, device=self.device, **options)
 
     @property
     def control_period_s(self) -> float:
@@ -163,7 +179,7 @@ class MujocoEnv(EnvBase):
         if mask is None or mask.all():
             self._reset_all()
         else:
-            mask = mask.cpu()
+            mask = mask.to(self.sim.device)
             ids = mask.view(-1).nonzero().view(-1)
             self._start(ids)
             self._elapsed[ids] = 0
@@ -171,7 +187,7 @@ class MujocoEnv(EnvBase):
             # Rows of simulations that run on are recomputed from unchanged fields, unless they
             # diverged in a step whose reset was refused; keep those as they were.
             self._observation = torch.where(mask.view(-1, 1), self._observe(), self._observation)
-        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
+        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.sim.device)
         return TensorDict(
             {
                 "observation": self._observation,
@@ -218,8 +234,8 @@ class MujocoEnv(EnvBase):
         self._until_regroup = self.group_steps
 
     def _start(self, ids: Tensor) -> None:
-        self.sim.reset(ids)
-        self.task.initialize(self.sim, ids, self.generator)
+        rows = ids.cpu()
+        self.sim.start(ids, lambda sim: self.task.initialize(sim, rows, self.generator))
         self.sim.forward(ids, Stage.ACCELERATION, actuated=self.task.actuated_start)
         self.task.after_reset(self.sim, ids)
         self.sim.pop_diverged()
@@ -228,7 +244,7 @@ class MujocoEnv(EnvBase):
         return self.task.observe(self.sim).float()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        action = tensordict["action"].to("cpu", torch.float64).clamp(-1.0, 1.0)
+        action = tensordict["action"].to(self.sim.device, self.sim.dtype).clamp(-1.0, 1.0)
         observation, reward, terminated, diverged = self._control_step(action)
         for _ in range(self.action_repeat - 1):
             running = ~(terminated | diverged | self._timed_out())

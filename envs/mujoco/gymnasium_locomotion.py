@@ -150,11 +150,12 @@ class Humanoid(_Spatial):
     def __init__(self, filename: str, *, num_substeps: int) -> None:
         super().__init__(filename, num_substeps=num_substeps)
         mass = torch.from_numpy(self.model.body_mass.copy())
-        self._mass, self._total_mass = mass, mass.sum()
+        self.constants |= {"mass": mass, "total_mass": mass.sum()}
 
     def x(self, sim: BatchedSimulation) -> Tensor:
         """Return the centre of mass's x."""
-        return (self._mass * sim.field("xipos")[:, :, 0]).sum(-1) / self._total_mass
+        mass, total = self.constants["mass"], self.constants["total_mass"]
+        return (mass * sim.field("xipos")[:, :, 0]).sum(-1) / total
 
     def healthy(self, sim: BatchedSimulation) -> Tensor:
         """Return which torsos are at a good height."""

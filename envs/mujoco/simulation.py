@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 
@@ -57,6 +57,8 @@ class BatchedSimulation:
         act: Actuator activations ``[num_envs, na]``.
         ctrl: Controls ``[num_envs, nu]``, in the actuators' own units.
         persistent: Whether each simulation keeps its own ``MjData``.
+        device: Where they live: the CPU.
+        dtype: float64.
 
     Args:
         model: The MuJoCo model.
@@ -72,6 +74,9 @@ class BatchedSimulation:
     Raises:
         ConfigError: If MuJoCo is older than 3.17, which has no batched stepping.
     """
+
+    device = torch.device("cpu")
+    dtype = torch.float64
 
     def __init__(
         self,
@@ -128,6 +133,17 @@ class BatchedSimulation:
     def reset(self, ids: Tensor) -> None:
         """Put simulations ``ids`` at the model's default state, derived fields not computed."""
         self._batch.reset(_int32(ids), stage=int(Stage.NONE))
+
+    def start(self, ids: Tensor, initialize: Callable[[BatchedSimulation], None]) -> None:
+        """Put simulations ``ids`` into start states, derived fields not computed.
+
+        Args:
+            ids: The simulations.
+            initialize: Writes the start states of ``ids`` into a simulation on the CPU, where they
+                stand at the model's default state.
+        """
+        self.reset(ids)
+        initialize(self)
 
     def forward(
         self,

@@ -30,6 +30,7 @@ class Task(ABC):
         camera: Camera that :meth:`MujocoEnv.render` looks through.
         model: The compiled model.
         memory: Tensors ``[num_envs, ...]`` that the task carries from step to step.
+        constants: Tensors that steps, observations and rewards need.
     """
 
     fields: ClassVar[tuple[str, ...]] = ()
@@ -45,9 +46,21 @@ class Task(ABC):
     def __init__(self, model: mujoco.MjModel) -> None:
         self.model = model
         self.memory: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor] = {}
         low, high = torch.from_numpy(model.actuator_ctrlrange.copy()).unbind(-1)
         self._control_centre = (high + low) / 2
         self._control_half_range = (high - low) / 2
+        self.constants["control_centre"] = self._control_centre
+        self.constants["control_half_range"] = self._control_half_range
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move ``memory`` and ``constants`` to a simulation's device and type.
+
+        Other tensors are those of start states, which are drawn on the CPU.
+        """
+        for tensors in (self.memory, self.constants):
+            for name, x in tensors.items():
+                tensors[name] = x.to(device, dtype if x.is_floating_point() else x.dtype)
 
     @property
     def action_dim(self) -> int:
@@ -66,16 +79,20 @@ class Task(ABC):
     def initialize(self, sim: BatchedSimulation, ids: Tensor, generator: torch.Generator) -> None:
         """Write the start state of simulations ``ids``, which stand at the model's default.
 
-        The caller runs :meth:`BatchedSimulation.forward` for ``ids`` afterwards.
+        The simulation is one on the CPU, whatever steps the physics. The caller runs
+        :meth:`BatchedSimulation.forward` for ``ids`` afterwards.
         """
 
     def after_reset(self, sim: BatchedSimulation, ids: Tensor) -> None:  # noqa: B027 - optional
         """Set ``memory`` of simulations ``ids``, whose derived fields are current at the start."""
 
     def before_step(self, sim: BatchedSimulation, action: Tensor) -> None:
-        """Write controls from ``action`` ``[num_envs, A]`` in ``[-1, 1]``, float64."""
+        """Write controls from actions ``[num_envs, A]`` in [-1, 1], of the simulation's type."""
         # Centre plus half range is exact where the range is [-1, 1].
-        torch.addcmul(self._control_centre, action, self._control_half_range, out=sim.ctrl)
+        constants = self.constants
+        torch.addcmul(
+            constants["control_centre"], action, constants["control_half_range"], out=sim.ctrl
+        )
 
     def after_step(self, sim: BatchedSimulation) -> None:  # noqa: B027 - optional hook
         """Update ``memory`` between the physics step and the reward."""
@@ -97,4 +114,4 @@ class Task(ABC):
 
     def terminated(self, sim: BatchedSimulation) -> Tensor:
         """Return which episodes ``[num_envs]`` ended in a terminal state. None by default."""
-        return torch.zeros(sim.num_envs, dtype=torch.bool)
+        return torch.zeros(sim.num_envs, dtype=torch.bool, device=sim.device)

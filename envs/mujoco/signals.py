@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from genpol.envs.mujoco.env import MujocoEnv
+from genpol.envs.mujoco.simulation import Stage
 from genpol.envs.signals import Actuator, Signal, numbered
 
 # Positions and velocities of a joint, by its type: names of the numbers and their units.
@@ -24,20 +25,25 @@ _VELOCITIES = {
     mujoco.mjtJoint.mjJNT_BALL: _SPIN,
     mujoco.mjtJoint.mjJNT_FREE: [*((f"velocity_{x}", "m/s") for x in "xyz"), *_SPIN],
 }
-_PROBES = 4
+# Of joints, in rad/s or m/s.
+_SPEEDS = (0.0, 0.0, 1.0, 100.0)
 
 
 def observation(env: MujocoEnv) -> list[Signal]:
     """Return the names of an observation's numbers.
 
     Those that are positions or velocities of joints are found by their values in a few states of
-    the task, whose episodes this ends; others are numbered.
+    the task, slow and very fast ones, whose episodes this ends. Others, such as velocities that the
+    task clips, are numbered.
     """
     seen, state = [], []
-    for _ in range(_PROBES):
-        action = env.action_spec.rand()
-        seen.append(env.step(env.reset().set("action", action))["next", "observation"][0].cpu())
-        state.append(torch.cat((env.sim.qpos[0], env.sim.qvel[0])))
+    for speed in _SPEEDS:
+        env.step(env.reset().set("action", env.action_spec.rand()))
+        drawn = torch.randn_like(env.sim.qvel)
+        env.sim.qvel.add_(speed * (drawn + drawn.sign()))
+        env.sim.forward(stage=Stage.VELOCITY)
+        seen.append(env.task.observe(env.sim)[0].float().cpu())
+        state.append(torch.cat((env.sim.qpos[0], env.sim.qvel[0])).cpu())
     names = _of_state(env.task.model)
     found = numbered(seen[0].shape[-1])
     free = dict(enumerate(torch.stack(state, -1).to(seen[0].dtype)))

@@ -31,6 +31,10 @@ def open_window(env: EnvBase) -> Callable[[], None]:
     except Exception as error:
         raise EnvironmentFault(f"viewer: no window can be opened ({error})") from None
 
+    if model.ncam:
+        viewer.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        viewer.cam.fixedcamid = model.camera(native.task.camera).id
+
     def show() -> None:
         data.qpos[:] = native.sim.qpos[0].numpy()
         data.qvel[:] = native.sim.qvel[0].numpy()

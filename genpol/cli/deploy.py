@@ -33,9 +33,10 @@ happened: latencies, missed deadlines, interventions.
                          viewer=true opens a window, seed=20000 chooses the start states
   link=udp:HOST:PORT     a robot that speaks the protocol of genpol.deploy.messages, signed with
                          key=<file>, at least 16 bytes that both sides have
-  link=ros2              ros2_control over DDS, without a ROS installation; see `genpol deploy
-                         --help` of the extra: controller=/forward_controller domain=0
-                         command=array|trajectory states=/joint_states
+  link=ros2              ros2_control over DDS, without a ROS installation:
+                         controller=/forward_position_controller command=array|trajectory
+                         states=/joint_states, or observations=/topic for whole vectors; domain=0;
+                         peers=ADDRESS,... where there is no multicast
   seconds, episodes      when to end; without them a robot runs until Ctrl-C, a simulation 60 s
   record                 an MCAP file, which Foxglove opens and data= of `genpol train` reads
   minari                 the same as a Minari data set, made at the end; named NAME-v0
@@ -58,7 +59,7 @@ examples:
 
 _UNSAFE = "--unsafe-no-limits"
 _SIMULATED_S = 60.0
-_ROS2 = ("controller", "domain", "command", "states")
+_ROS2 = ("controller", "command", "states", "observations", "domain", "peers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ def run(arguments: list[str]) -> int:
     contract = bundle.contract
     if request.report is not None and request.report.exists():
         raise ConfigError(f"report: {request.report}: exists already; give another name")
+    _check_start(request.start, contract)
     record = _recording(request)
     if not request.limited:
         sys.stderr.write(
@@ -126,13 +128,31 @@ def run(arguments: list[str]) -> int:
         if observer is not None:
             observer.close()
         outcome = None if simulation is None else simulation.close()
-    _tell(report, outcome, request, observer.dropped if observer is not None else 0)
+    dropped = 0 if observer is None else observer.dropped
+    _tell(report, outcome, request, dropped)
+    if observer is not None and observer.failed:
+        sys.stderr.write(
+            f"genpol: the recording failed ({observer.failed}); it holds what was written before\n"
+        )
+        return 1
     if request.minari is not None and record is not None:
         from genpol.data import formats
 
         formats.convert(record, request.minari, "minari")
         sys.stdout.write(f"{record}\n{request.minari}\n")
     return 1 if report.stop_reason else 0
+
+
+def _check_start(start: Mapping[str, float], contract: Contract) -> None:
+    joints = {joint.name: joint for joint in contract.action}
+    for name, value in start.items():
+        if name not in joints:
+            raise ConfigError(
+                f"start: no joint {name!r}.{nearest(name, joints)} There are {', '.join(joints)}"
+            )
+        low, high = joints[name].low, joints[name].high
+        if not low <= value <= high:
+            raise ConfigError(f"start: {name} = {value!r}: must lie between {low!r} and {high!r}")
 
 
 def _recording(request: _Request) -> Path | None:

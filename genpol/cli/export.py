@@ -89,12 +89,16 @@ def run(arguments: list[str]) -> int:
     if guided is not None and len(guided.weights) > 1:
         raise ConfigError("guidance.weight: one weight is exported; genpol eval compares several")
     from genpol.cli.runs import load_run
+    from genpol.data.staging import refuse_existing
     from genpol.deploy import export
     from genpol.deploy.tracing import acting, exploration_of, trace
     from genpol.envs import label
 
     trained = load_run(request.path, [*request.overrides, "device=cpu"])
     agent = trained.agent
+    choices = trained.settings.choices
+    target = request.output or Path("bundles") / f"{label(trained.settings.env)}-{choices.agent}"
+    refuse_existing(target)
     if guided is not None:
         critic = None if guided.critic is None else load_run(guided.critic, ["device=cpu"]).agent
         guidance.guide(agent, guided, next(iter(guided.weights), None), critic)
@@ -104,8 +108,6 @@ def run(arguments: list[str]) -> int:
     traced = trace(agent, stochastic=request.stochastic, **bound)
     contract = _with_robot(_contract(trained, traced, request), request.robot)
     act = acting(agent, exploration_of(request.stochastic), **bound).act
-    choices = trained.settings.choices
-    target = request.output or Path("bundles") / f"{label(trained.settings.env)}-{choices.agent}"
     observations = _observations(trained, export.NUM_EXAMPLES)
     bundle = export.write(target, traced, act, contract, observations, formats=request.formats)
     worst = ", ".join(f"{form} {error:.1g}" for form, error in bundle.contract.parity.items())

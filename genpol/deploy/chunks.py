@@ -61,7 +61,7 @@ class ChunkPlayer:
     def forget(self) -> None:
         """Begin anew, as where an episode begins."""
         self._chunk: _Placed | None = None
-        self._before: _Placed | None = None
+        self._offset: list[float] | None = None
         self._taken_over = 0
         self._due = -1
 
@@ -75,22 +75,24 @@ class ChunkPlayer:
 
     def give(self, first: int, chunk: Chunk, tick: int) -> None:
         """Take a chunk that was asked for in tick ``first`` and comes in ``tick``."""
-        self._before, self._chunk = self._chunk, _Placed(first, chunk)
-        self._taken_over = tick
+        before = self.action(tick) if self._blend_steps else None
+        self._chunk, self._offset, self._taken_over = _Placed(first, chunk), None, tick
+        new = self._chunk.action(tick)
+        if before is not None and new is not None:
+            self._offset = [old - x for old, x in zip(before, new, strict=True)]
 
     def action(self, tick: int) -> list[float] | None:
-        """Return the action of a tick; ``None`` if no chunk reaches so far."""
+        """Return the action of a tick; ``None`` if no chunk reaches so far.
+
+        What lay between the old chunk and the new one where that took over falls off evenly.
+        """
         new = None if self._chunk is None else self._chunk.action(tick)
-        since = tick - self._taken_over
         if new is None:
             return None
-        if self._before is None or since >= self._blend_steps:
+        left = 1.0 - (tick - self._taken_over + 1) / (self._blend_steps + 1)
+        if self._offset is None or left <= 0.0:
             return list(new)
-        old = self._before.action(tick)
-        if old is None:
-            return list(new)
-        share = (since + 1) / (self._blend_steps + 1)
-        return [a + share * (b - a) for a, b in zip(old, new, strict=True)]
+        return [x + left * offset for x, offset in zip(new, self._offset, strict=True)]
 
 
 def kept_weights(horizon: int, *, delay: int, left: int) -> list[float]:

@@ -27,7 +27,7 @@ class Channel:
     Attributes:
         name: What it is.
         unit: Its unit; 1 for none.
-        low: Least value that makes sense.
+        low: Least value that makes sense; observations beyond it are not acted on.
         high: Greatest value that makes sense.
     """
 
@@ -35,6 +35,22 @@ class Channel:
     unit: str = "1"
     low: float = -math.inf
     high: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that are none.
+
+        Raises:
+            ConfigError: If they are no numbers, or the first is not less than the second.
+        """
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"observation {self.name!r}: {name} = {value!r}: not a number")
+        if not self.low < self.high:
+            raise ConfigError(
+                f"observation {self.name!r}: low = {self.low!r} must be less than high = "
+                f"{self.high!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +110,11 @@ class Contract:
         """
         if not (self.observation and self.action):
             raise ConfigError("contract: observation and action need one entry at least")
+        for what, entries in (("observation", self.observation), ("action", self.action)):
+            names = [entry.name for entry in entries]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"contract: {what} has two entries of the name {twice!r}")
         if len(self.commands) != len(self.action):
             raise ConfigError(
                 f"contract: commands has {len(self.commands)} entries for {len(self.action)} joints"

@@ -35,7 +35,7 @@ from genpol.deploy.safety import Command, Event, ObservationGuard, SafetyFilter,
 from genpol.errors import ConfigError, GenpolError
 
 _CHECK_S = 0.1
-_SETTLE_S = 2.0
+_SETTLE_S = 60.0
 _TOLD_EVENTS = 100
 _PRIORITY = 20
 
@@ -267,7 +267,7 @@ class Controller:
         self._sleep = sleep
         self._player = ChunkPlayer(contract.action_steps, blend_steps=settings.blend_steps)
         self._guard = ObservationGuard(
-            len(contract.observation),
+            [(channel.low, channel.high) for channel in contract.observation],
             max_age_s=settings.max_age * period,
             frozen_ticks=math.ceil(settings.frozen_s / period),
         )
@@ -293,34 +293,45 @@ class Controller:
         """
         period, report = self._contract.period_s, self.report
         last = math.inf if seconds == math.inf else math.ceil(seconds / period - 1e-9)
-        start = self._clock()
+        with _undisturbed():
+            start = self._clock()
+            try:
+                number = self._run(first, start, last)
+            except Exception:  # of whoever looks on, or of the link
+                self._settle(self.report.ticks + self.report.skipped, start)
+                raise
+            self._settle(number, start)
+        report.link = self._link.statistics()
+        return report
+
+    def _run(self, first: Observed, start: float, last: float) -> int:
+        """Carry out the ticks until the last; return the number of the next."""
+        period, report = self._contract.period_s, self.report
         watchdog = Watchdog(self._settings.link_timeout_s, start)
         number = 0
         observed: Observed | None = first
-        with _undisturbed():
-            while number < last and not self._stop:
-                deadline = start + number * period
-                self._sleep(max(0.0, deadline - self._clock()))
-                begin = self._clock()
-                if number:
-                    observed = self._link.read(self._settings.observation_wait * period)
-                if observed is not None:
-                    watchdog.beat(self._clock())
-                elif watchdog.expired(self._clock()):
-                    self._safety.stop(
-                        f"no observation for {self._settings.link_timeout_s:g} s: the link is lost"
-                    )
-                self._tick(number, deadline, observed, start)
-                now = self._clock()
-                report.work_s.append(now - begin)
-                report.jitter_s.append(begin - deadline)
-                report.ticks += 1
-                report.late += now > deadline + period
-                passed = max(1, math.floor((now - start) / period))
-                report.skipped += max(0, passed - number - 1)
-                number = max(number + 1, passed)
-            self._settle(number, start)
-        return self._finish()
+        while number < last and not self._stop:
+            deadline = start + number * period
+            self._sleep(max(0.0, deadline - self._clock()))
+            begin = self._clock()
+            if number:
+                observed = self._link.read(self._settings.observation_wait * period)
+            if observed is not None:
+                watchdog.beat(self._clock())
+            elif watchdog.expired(self._clock()):
+                self._safety.stop(
+                    f"no observation for {self._settings.link_timeout_s:g} s: the link is lost"
+                )
+            self._tick(number, deadline, observed, start)
+            now = self._clock()
+            report.work_s.append(now - begin)
+            report.jitter_s.append(begin - deadline)
+            report.ticks += 1
+            report.late += now > deadline + period
+            passed = max(1, math.floor((now - start) / period))
+            report.skipped += max(0, passed - number - 1)
+            number = max(number + 1, passed)
+        return number
 
     def _tick(self, number: int, deadline: float, observed: Observed | None, start: float) -> None:
         safety, link = self._safety, self._link
@@ -328,9 +339,11 @@ class Controller:
         if link.stop_requested:
             safety.stop(link.stop_requested)
         if link.take_reset():
-            self._reset()
+            self._reset(number)
         if seen is not None:
             self._ask(number, seen, deadline)
+        elif self._planner.pending:  # what it has answered meanwhile
+            self._take(number, self._clock())
         self._check_policy()
         action = self._player.action(number)
         if action is None and seen is not None:
@@ -404,13 +417,15 @@ class Controller:
         elif self._planner.waited_s > timeout:
             self._safety.stop(f"the policy has not answered for {timeout:g} s")
 
-    def _reset(self) -> None:
+    def _reset(self, number: int) -> None:
         try:
             self._safety.reset()
         except ConfigError:
             self._safety.note("reset refused: not at rest yet")
             return
         self._begins = True
+        self._player.forget()
+        self._valid_from = number
 
     def _settle(self, number: int, start: float) -> None:
         """Come to rest before the link is closed."""
@@ -430,10 +445,6 @@ class Controller:
                 break
         self.report.events = events
         self.report.interventions = counts
-
-    def _finish(self) -> Report:
-        self.report.link = self._link.statistics()
-        return self.report
 
 
 class History:
@@ -467,7 +478,6 @@ class History:
 def _undisturbed() -> Iterator[None]:
     """Keep the garbage collector from pausing the loop."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.freeze()
     gc.disable()
     try:

@@ -73,6 +73,7 @@ class Observer:
 
     Attributes:
         dropped: Ticks that could not be taken.
+        failed: Why nothing more is recorded; empty if all is well.
 
     Raises:
         DatasetError: If the file exists or its folder cannot be written.
@@ -86,9 +87,11 @@ class Observer:
                 raise DatasetError(f"{record}: exists already; give another name to record=")
             try:
                 record.parent.mkdir(parents=True, exist_ok=True)
+                record.touch()
             except OSError as error:
                 raise DatasetError(f"{record}: cannot be written ({error.strerror})") from None
         self.dropped = 0
+        self.failed = ""
         self._begun_ns = time.time_ns()
         self._pending = b""
         self._socket, theirs = socket.socketpair()
@@ -105,7 +108,7 @@ class Observer:
 
     def __call__(self, tick: Tick) -> None:
         """Take note of a tick."""
-        if len(self._pending) > _MOST_BYTES:
+        if self.failed or len(self._pending) > _MOST_BYTES:
             self.dropped += 1
         else:
             self._pending += line(tick, self._begun_ns)
@@ -120,11 +123,19 @@ class Observer:
         self._process.join(_END_S)
         if self._process.is_alive():
             self._process.kill()
+            self.failed = self.failed or "its process did not end"
+        elif self._process.exitcode:
+            self.failed = self.failed or f"its process ended with {self._process.exitcode}"
 
     def _send(self) -> None:
         try:
             sent = self._socket.send(self._pending)
-        except OSError:  # it is full, or gone
+        except BlockingIOError:  # it is full
+            return
+        except OSError:
+            self.failed = "its process ended"
+            self.dropped += self._pending.count(b"\n")
+            self._pending = b""
             return
         self._pending = self._pending[sent:]
 

@@ -29,6 +29,7 @@ _QUESTION = struct.Struct("<qi?")
 _ANSWER = struct.Struct("<qd")
 _START_S = 120.0
 _END_S = 2.0
+_EXIT_S = 0.02
 _WARM_UP = 20
 _RECENT = 20
 
@@ -163,7 +164,7 @@ class PolicyProcess:
 
     def _fail(self) -> None:
         assert self._process is not None
-        self._process.join(0.0)
+        self._process.join(_EXIT_S)  # its pipe ends a moment before it does
         code = self._process.exitcode
         how = "" if code is None else f" ({_name_of(code)})"
         self._failure = f"the policy's process ended{how}"

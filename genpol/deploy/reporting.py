@@ -17,7 +17,7 @@ def summary(report: Report) -> dict[str, Any]:
     """Return what happened, as JSON can say it; times in milliseconds."""
     return {
         "rate_hz": 1.0 / report.period_s,
-        "seconds": report.ticks * report.period_s,
+        "seconds": (report.ticks + report.skipped) * report.period_s,
         "ticks": report.ticks,
         "deadlines_missed": report.late + report.skipped,
         "ticks_skipped": report.skipped,

@@ -33,6 +33,7 @@ from genpol.settings import one_of
 INTERFACES = ("position", "velocity", "effort")
 
 _EVENTS = 10_000
+_GREATEST = 3.4e38
 
 
 class Mode(StrEnum):
@@ -243,14 +244,21 @@ class ObservationGuard:
     """Refuses observations that a policy must not act on.
 
     Args:
-        size: Numbers in an observation.
+        bounds: Least and greatest value of each number that makes sense.
         max_age_s: Greatest age.
         frozen_ticks: Observations in a row that are equal to the bit, behind which a sensor counts
             as frozen; 0 for never.
     """
 
-    def __init__(self, size: int, *, max_age_s: float, frozen_ticks: int = 0) -> None:
-        self._size = size
+    def __init__(
+        self, bounds: Sequence[tuple[float, float]], *, max_age_s: float, frozen_ticks: int = 0
+    ) -> None:
+        self._size = len(bounds)
+        self._bounds = [
+            (place, low, high)
+            for place, (low, high) in enumerate(bounds)
+            if math.isfinite(low) or math.isfinite(high)
+        ]
         self._max_age_s = max_age_s
         self._frozen_ticks = frozen_ticks
         self._last: tuple[float, ...] = ()
@@ -267,6 +275,11 @@ class ObservationGuard:
             return "observation: size"
         if not all(map(math.isfinite, observation)):
             return "observation: not finite"
+        # Policies take single precision, in which what is greater is infinite.
+        if max(observation) > _GREATEST or min(observation) < -_GREATEST:
+            return "observation: not finite"
+        if not all(low <= observation[place] <= high for place, low, high in self._bounds):
+            return "observation: beyond its limits"
         if not -self._max_age_s <= age_s <= self._max_age_s:
             return "observation: too old" if age_s > 0 else "observation: from the future"
         values = tuple(observation)

@@ -57,7 +57,7 @@ def bound_sample(
     flat = guided_sample(
         flow.field(observation),
         steps,
-        lambda clean: weights * (wanted - clean),
+        lambda clean: weights * torch.where(weights > 0, wanted - clean, 0.0),
         flatten_chunk(noise, horizon),
         weight=[pull(step.time, strength) for step in steps],
         estimator="jacobian",

@@ -22,6 +22,7 @@ import pytest
 
 from genpol.cli import configuration, reproduce, reproduce_processes
 from genpol.cli import list as listing
+from genpol.cli.main import main
 from genpol.report import results
 from genpol.settings import positive
 
@@ -217,3 +218,35 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def reacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of ppo on Reacher-v5, whose episodes take a second, trained for 100 steps."""
+    output = tmp_path_factory.mktemp("reacher")
+    arguments = ["env=Reacher-v5", "agent=ppo", "num_envs=4", "num_threads=1", "env.num_threads=1"]
+    arguments += ["agent.rollout_steps=25", "agent.minibatches=2", "total_steps=100"]
+    arguments += ["evaluation.episodes=1", "tensorboard=false", "video=false", f"output={output}"]
+    assert main(["train", *arguments]) == 0
+    return next(output.glob("Reacher-v5/ppo/*"))
+
+
+@pytest.fixture(scope="session")
+def reacher_data(reacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data set of four episodes of that run."""
+    target = tmp_path_factory.mktemp("reacher-data") / "data"
+    recording = [str(reacher_run), f"output={target}", "episodes=4", "format=genpol"]
+    assert main(["data", "record", *recording]) == 0
+    return target
+
+
+@pytest.fixture(scope="session")
+def reacher_clone(reacher_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of bc on that data, with chunks of 4 actions of which 2 are carried out."""
+    output = tmp_path_factory.mktemp("reacher-clone")
+    arguments = ["env=Reacher-v5", "agent=bc", f"data={reacher_data}", "num_envs=2"]
+    arguments += ["num_threads=1", "env.num_threads=1", "agent.batch_size=8", "total_steps=20"]
+    arguments += ["agent.actor.hidden=[8]", "agent.horizon=4", "agent.action_steps=2"]
+    arguments += ["evaluation.episodes=1", "tensorboard=false", "video=false", f"output={output}"]
+    assert main(["train", *arguments]) == 0
+    return next(output.glob("Reacher-v5/bc/*"))

@@ -14,11 +14,9 @@ import pytest
 import torch
 from torchrl.envs import ExplorationType
 
-from genpol import agents
-from genpol.agent import Specs
 from genpol.deploy import export
 from genpol.deploy.bundle import Bundle, open_bundle
-from genpol.deploy.contract import Channel, Contract, loosest
+from genpol.deploy.contract import Contract
 from genpol.deploy.export import ExportError
 from genpol.deploy.tracing import TracedPolicy, acting, trace
 from genpol.errors import CheckpointError, ConfigError, DatasetError
@@ -27,35 +25,11 @@ from genpol.offline.settings import NetworkSettings
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra genpol[deploy]")
 pytest.importorskip("onnxscript", reason="needs the extra genpol[deploy]")
 
-CONTRACT = Contract(
-    env="Reach",
-    agent="bc",
-    observation=tuple(Channel(name=f"x{i}", unit="m") for i in range(5)),
-    action=(
-        loosest("elbow", -1.0, 2.0, 0.02, unit="rad", interface="position"),
-        loosest("motor", -3.0, 3.0, 0.02, unit="N m", interface="effort"),
-    ),
-    commands=((-1.0, 2.0), (-3.0, 3.0)),
-    period_s=0.02,
-    horizon=3,
-    action_steps=2,
-    inputs={"observation": (5,), "noise": (6,)},
-    sampling="mode",
-    solver_steps=2,
-)
-
 
 @pytest.fixture(scope="module")
-def policy():
-    specs = Specs(observation_dim=5, action_dim=2, num_envs=1)
-    settings = agents.settings_class("bc")(
-        horizon=3, action_steps=2, solver_steps=2, actor=NetworkSettings(hidden=[8])
-    )
-    agent = agents.make("bc", settings, specs, seed=0)
-    for parameter in agent.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return agent
+def policy(make_agent):
+    net = NetworkSettings(hidden=[8])
+    return make_agent("bc", horizon=3, action_steps=2, solver_steps=2, actor=net)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +38,9 @@ def traced(policy) -> TracedPolicy:
 
 
 @pytest.fixture(scope="module")
-def bundle(policy, traced, tmp_path_factory) -> Bundle:
+def bundle(policy, reach, write_bundle, tmp_path_factory) -> Bundle:
     target = tmp_path_factory.mktemp("bundles") / "reach"
-    act = acting(policy, ExplorationType.DETERMINISTIC).act
-    observations = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
-    formats = ("onnx", "torchscript")
-    return export.write(target, traced, act, CONTRACT, observations, formats=formats)
+    return write_bundle(target, policy, reach, ("onnx", "torchscript"))
 
 
 @pytest.fixture
@@ -92,9 +63,9 @@ def test_formats_do_as_the_trained_policy(bundle: Bundle, form: str) -> None:
     assert np.abs(found).max() > 0.01
 
 
-def test_contract_comes_back_as_it_was(bundle: Bundle) -> None:
+def test_contract_comes_back_as_it_was(bundle: Bundle, reach: Contract) -> None:
     found = open_bundle(bundle.folder).contract
-    assert replace(found, files={}, parity={}, versions={}) == CONTRACT
+    assert replace(found, files={}, parity={}, versions={}) == reach
     assert set(found.files) == {"policy.onnx", "policy.ts", "examples.npz"}
     assert found.observation[0].high == math.inf
     assert torch.__version__.startswith(found.versions["torch"].partition("+")[0])
@@ -134,22 +105,22 @@ def test_wrong_contract_is_refused(copied: Path, change: dict, message: str) -> 
         open_bundle(copied)
 
 
-def test_existing_bundle_is_not_overwritten(bundle, policy, traced) -> None:
+def test_existing_bundle_is_not_overwritten(bundle, policy, traced, reach) -> None:
     act = acting(policy, ExplorationType.DETERMINISTIC).act
     before = (bundle.folder / "contract.json").read_text()
     with pytest.raises(DatasetError):
-        export.write(bundle.folder, traced, act, CONTRACT, torch.zeros(2, 5))
+        export.write(bundle.folder, traced, act, reach, torch.zeros(2, 5))
     assert (bundle.folder / "contract.json").read_text() == before
 
 
-def test_what_differs_from_the_policy_is_not_written(policy, traced, tmp_path) -> None:
+def test_what_differs_from_the_policy_is_not_written(policy, traced, reach, tmp_path) -> None:
     act = acting(policy, ExplorationType.DETERMINISTIC).act
 
     def other(observation: torch.Tensor) -> torch.Tensor:
         return act(observation) + 1e-3
 
     with pytest.raises(ExportError, match=r"differs from the trained policy by 0\.001"):
-        export.write(tmp_path / "wrong", traced, other, CONTRACT, torch.zeros(2, 5))
+        export.write(tmp_path / "wrong", traced, other, reach, torch.zeros(2, 5))
     assert not list(tmp_path.iterdir())
 
 
@@ -158,16 +129,16 @@ def test_format_that_was_not_asked_for_is_named(bundle: Bundle) -> None:
         bundle.load("aoti")
 
 
-def test_actions_become_commands_in_units() -> None:
-    assert CONTRACT.to_commands([-1.0, 1.0]) == [-1.0, 3.0]
-    assert CONTRACT.to_commands([0.0, 0.0]) == [0.5, 0.0]
+def test_actions_become_commands_in_units(reach: Contract) -> None:
+    assert reach.to_commands([-1.0, 1.0]) == [-1.0, 3.0]
+    assert reach.to_commands([0.0, 0.0]) == [0.5, 0.0]
 
 
-def test_limits_are_narrowed_by_name() -> None:
-    found = CONTRACT.with_limits({"elbow": {"velocity": 1.0, "jerk": None, "unit": "deg"}})
+def test_limits_are_narrowed_by_name(reach: Contract) -> None:
+    found = reach.with_limits({"elbow": {"velocity": 1.0, "jerk": None, "unit": "deg"}})
     elbow, motor = found.action
     assert (elbow.velocity, elbow.jerk, elbow.unit) == (1.0, math.inf, "deg")
-    assert motor == CONTRACT.action[1]
+    assert motor == reach.action[1]
 
 
 @pytest.mark.parametrize(
@@ -179,9 +150,9 @@ def test_limits_are_narrowed_by_name() -> None:
         ({"elbow": {"velocity": -1}}, "velocity"),
     ],
 )
-def test_wrong_limits_are_told(limits: dict, message: str) -> None:
+def test_wrong_limits_are_told(reach: Contract, limits: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        CONTRACT.with_limits(limits)
+        reach.with_limits(limits)
 
 
 def test_bundle_runs_without_torch(bundle: Bundle) -> None:

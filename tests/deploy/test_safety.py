@@ -195,8 +195,21 @@ def test_start_has_a_command_for_each_joint() -> None:
         SafetyFilter(JOINTS, DT, [0.0, 0.0])
 
 
+ANY = (-math.inf, math.inf)
+
+
+def test_observations_beyond_their_limits_are_refused() -> None:
+    guard = ObservationGuard([ANY, (-1.0, 2.0), (0.0, math.inf)], max_age_s=1.0)
+    assert guard.refusal([1e9, -1.0, 0.0], 0.0) == ""
+    assert guard.refusal([1e9, 2.0, 1e9], 0.0) == ""
+    for wrong in ([1e39, 0.0, 0.0], [-1e39, 0.0, 0.0]):  # infinite in single precision
+        assert guard.refusal(wrong, 0.0) == "observation: not finite"
+    for wrong in ([0.0, 2.1, 0.0], [0.0, -1.1, 0.0], [0.0, 0.0, -1e-9]):
+        assert guard.refusal(wrong, 0.0) == "observation: beyond its limits"
+
+
 def test_observations_are_checked_for_size_numbers_and_age() -> None:
-    guard = ObservationGuard(2, max_age_s=0.1)
+    guard = ObservationGuard([ANY, ANY], max_age_s=0.1)
     assert guard.refusal([0.0, 1.0], 0.05) == ""
     assert guard.refusal([0.0], 0.05) == "observation: size"
     assert guard.refusal([0.0, math.nan], 0.05) == "observation: not finite"
@@ -206,7 +219,7 @@ def test_observations_are_checked_for_size_numbers_and_age() -> None:
 
 
 def test_a_sensor_that_never_changes_is_frozen() -> None:
-    guard = ObservationGuard(1, max_age_s=1.0, frozen_ticks=3)
+    guard = ObservationGuard([ANY], max_age_s=1.0, frozen_ticks=3)
     found = [guard.refusal([value], 0.0) for value in (1.0, 1.0, 1.0, 1.0, 2.0)]
     assert found == ["", "", "", "observation: frozen", ""]
 

@@ -23,12 +23,18 @@ def robot() -> Iterator[UdpRobot]:
     made.close()
 
 
+def meet(robot: UdpRobot, link: UdpLink) -> None:
+    """Have a robot answer the greeting of a link that has been opened."""
+    assert robot.command(1.0) is None
+    assert robot.connected
+    assert link.read(0.05) is None
+
+
 @pytest.fixture
 def link(robot: UdpRobot) -> Iterator[UdpLink]:
     made = UdpLink(robot.address, KEY)
     made.open()
-    assert robot.command(1.0) is None
-    assert robot.connected
+    meet(robot, made)
     yield made
     made.close()
 
@@ -109,11 +115,23 @@ def test_a_controller_that_starts_anew_takes_over(robot: UdpRobot, link: UdpLink
     assert robot.command(0.5).values == [1.0]
     second = UdpLink(robot.address, KEY)
     second.open()
+    meet(robot, second)
     second.write(Command([2.0], Mode.RUN))
     assert robot.command(0.5).values == [2.0]
+    link.write(Command([1.0], Mode.RUN))  # who has commanded before is not heard any more
+    assert robot.command(0.2) is None
     robot.observation([5.0])
     assert second.read(0.5).values == (5.0,)
     second.close()
+
+
+def test_how_long_a_robot_was_told_nothing(robot: UdpRobot, link: UdpLink) -> None:
+    assert robot.silence_s == math.inf
+    link.write(Command([1.0], Mode.RUN))
+    robot.command(0.5)
+    assert robot.silence_s < 0.5
+    time.sleep(0.02)
+    assert robot.silence_s >= 0.02
 
 
 def test_a_robot_that_is_gone_is_silence(robot: UdpRobot, link: UdpLink) -> None:

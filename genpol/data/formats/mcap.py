@@ -48,7 +48,7 @@ def read(path: Path, sink: RowSink) -> None:
     source = Source(file=str(path))
     with path.open("rb") as file:
         try:
-            reader = reader_of(file)
+            reader = reader_of(file, validate_crcs=True)
             contract = _contract(reader, path)
             sink.metadata.update(format="mcap", source=str(path), env=contract["env"])
             bounds = np.asarray(contract["commands"], dtype=np.float64)

@@ -13,11 +13,11 @@ their own, or take ``link=udp``, which is signed.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from genpol.deploy.contract import Contract
+from genpol.deploy.links.ages import Ages
 from genpol.deploy.links.base import Link, Observed
 from genpol.deploy.safety import Command
 from genpol.errors import ConfigError, require
@@ -26,7 +26,6 @@ from genpol.settings import at_least, one_of
 FIELDS = ("position", "velocity", "effort")
 COMMANDS = ("array", "trajectory")
 
-_WINDOW_S = 2.0
 _MOST = 64  # messages that are taken at once
 
 
@@ -62,7 +61,10 @@ class Ros2Link(Link):
     ) -> None:
         one_of("command", command, COMMANDS)
         at_least("domain", domain, 0)
-        for name, topic in (("controller", controller), ("states", states)):
+        topics = {"controller": controller, "states": states, "observations": observations or "/"}
+        for name, topic in topics.items():
+            if topic == "/" and name == "observations":
+                continue
             if not topic.startswith("/") or topic.endswith("/"):
                 raise ConfigError(f"{name} = {topic!r}: topics are written /like/this")
         self._places = [] if observations else _places(contract)
@@ -82,7 +84,7 @@ class Ros2Link(Link):
         self._whole = bool(observations)
         self._domain = domain
         self._peers = [peer for peer in peers.split(",") if peer]
-        self._ages = _Ages()
+        self._ages = Ages()
         self._counts = {"unknown joints": 0, "wrong size": 0}
         self._entities: list[Any] = []
 
@@ -168,7 +170,9 @@ class Ros2Link(Link):
             else:
                 values = self._of_joints(message)
                 stamp = message.header.stamp
-                measured = now - self._ages.age(stamp.sec + 1e-9 * stamp.nanosec, now)
+                stamp_s = stamp.sec + 1e-9 * stamp.nanosec
+                # Zero is what a robot says that does not stamp.
+                measured = now - self._ages.age(stamp_s, now) if stamp_s else now
             if values is not None:
                 newest = Observed(tuple(values), measured)
         return newest
@@ -184,24 +188,6 @@ class Ros2Link(Link):
                 return None
             values.append(numbers[place])
         return values
-
-
-class _Ages:
-    """How old messages are by their stamps, without trusting that two clocks agree.
-
-    The one that was on its way for the shortest time of those of the last seconds counts as new.
-    """
-
-    def __init__(self) -> None:
-        self._offsets: deque[tuple[float, float]] = deque()
-
-    def age(self, stamp_s: float, now_s: float) -> float:
-        if stamp_s == 0.0:  # the robot does not stamp
-            return 0.0
-        self._offsets.append((now_s, now_s - stamp_s))
-        while now_s - self._offsets[0][0] > _WINDOW_S:
-            self._offsets.popleft()
-        return (now_s - stamp_s) - min(offset for _, offset in self._offsets)
 
 
 def _places(contract: Contract) -> list[tuple[str, str]]:

@@ -6,13 +6,15 @@ holds the key may command, and the robot's side obeys the one that greeted it la
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import time
 from collections.abc import Sequence
 
+from genpol.deploy.links.ages import Ages
 from genpol.deploy.links.base import Link, Observed
-from genpol.deploy.messages import Kind, Message, Receiver, Sender
+from genpol.deploy.messages import Endpoint, Kind, Message
 from genpol.deploy.safety import Command, Mode
 from genpol.errors import ConfigError
 
@@ -33,13 +35,11 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-class _Endpoint:
-    """A socket with a sender and a receiver, the newest message of each kind first."""
+class _Socket:
+    """An endpoint of the protocol on a socket."""
 
     def __init__(self, key: bytes) -> None:
-        # Behind whatever an earlier process sent with the same key.
-        self.sender = Sender(key, first=time.time_ns())
-        self.receiver = Receiver(key)
+        self.endpoint = Endpoint(key)
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
 
@@ -55,7 +55,7 @@ class _Endpoint:
                 return found
             except ConnectionError:  # the other side is not there; that is for others to notice
                 continue
-            message = self.receiver.read(datagram)
+            message = self.endpoint.read(datagram)
             if message is not None:
                 found.append((message, address))
 
@@ -68,8 +68,8 @@ class _Endpoint:
 
     def statistics(self) -> dict[str, int]:
         """Return counts of what was lost or dropped."""
-        dropped = {f"dropped: {what}": n for what, n in self.receiver.dropped.items()}
-        return {"lost": self.receiver.lost, **dropped}
+        dropped = {f"dropped: {what}": n for what, n in self.endpoint.dropped.items()}
+        return {"lost": self.endpoint.lost, **dropped}
 
 
 class UdpLink(Link):
@@ -85,9 +85,9 @@ class UdpLink(Link):
 
     def __init__(self, address: str, key: bytes) -> None:
         self._address = parse_address(address)
-        self._endpoint = _Endpoint(key)
-        self._greeted_s = -1.0
-        self._heard = False
+        self._socket = _Socket(key)
+        self._ages = Ages()
+        self._greeted_s = self._heard_s = -math.inf
         self._stop = ""
         self._reset = False
 
@@ -106,27 +106,44 @@ class UdpLink(Link):
         newest: Observed | None = None
         deadline = time.monotonic() + timeout_s
         while True:
-            if not self._heard and time.monotonic() - self._greeted_s > _GREETING_S:
+            now = time.monotonic()
+            # A robot whose program begins anew waits for a greeting again.
+            if now - max(self._heard_s, self._greeted_s) > _GREETING_S:
                 self._greet()
-            left = deadline - time.monotonic()
-            wait = max(0.0, left if self._heard else min(left, _GREETING_S))
-            for message, _ in self._endpoint.messages(wait):
-                self._heard = True
-                if message.kind is Kind.OBSERVATION:
-                    first = message.mode == 1 or (newest is not None and newest.first)
-                    newest = Observed(message.numbers, time.monotonic() - message.age_s, first)
-                elif message.kind is Kind.STOP:
-                    self._stop = "the robot's side asked for it"
-                elif message.kind is Kind.RESET:
-                    self._stop, self._reset = "", True
+            wait = min(max(0.0, deadline - now), _GREETING_S)
+            for message, _ in self._socket.messages(wait):
+                found = self._take(message)
+                if found is not None:
+                    first = found.first or (newest is not None and newest.first)
+                    newest = found._replace(first=first)
             if newest is not None or time.monotonic() >= deadline:
                 return newest
 
+    def _take(self, message: Message) -> Observed | None:
+        """Heed a message; return the observation that it holds."""
+        now = time.monotonic()
+        self._heard_s = now
+        endpoint = self._socket.endpoint
+        if message.session != endpoint.peer:  # another process, and perhaps another clock
+            endpoint.peer = message.session
+            self._ages = Ages()
+        delay = self._ages.age(message.sent_s, now)
+        match message.kind:
+            case Kind.OBSERVATION:
+                return Observed(message.numbers, now - delay - message.age_s, message.mode == 1)
+            case Kind.STOP:
+                self._stop = "the robot's side asked for it"
+            case Kind.RESET:
+                self._stop, self._reset = "", True
+        return None
+
     def write(self, command: Command) -> None:
-        """See :class:`~genpol.deploy.links.Link`."""
+        """See :class:`~genpol.deploy.links.Link`; nobody is told before the robot was heard."""
+        if not self._socket.endpoint.peer:
+            return
         mode = _MODES.index(command.mode)
-        datagram = self._endpoint.sender.message(Kind.COMMAND, command.values, mode=mode)
-        self._endpoint.send(datagram, self._address)
+        datagram = self._socket.endpoint.message(Kind.COMMAND, command.values, mode=mode)
+        self._socket.send(datagram, self._address)
 
     @property
     def stop_requested(self) -> str:
@@ -140,15 +157,19 @@ class UdpLink(Link):
 
     def statistics(self) -> dict[str, int]:
         """See :class:`~genpol.deploy.links.Link`."""
-        return self._endpoint.statistics()
+        return self._socket.statistics()
 
     def close(self) -> None:
         """See :class:`~genpol.deploy.links.Link`."""
-        self._endpoint.socket.close()
+        self._socket.socket.close()
 
     def _greet(self) -> None:
+        """Ask for the robot's session, which is not known or no longer answers."""
         self._greeted_s = time.monotonic()
-        self._endpoint.send(self._endpoint.sender.message(Kind.GREETING), self._address)
+        endpoint = self._socket.endpoint
+        known, endpoint.peer = endpoint.peer, 0
+        self._socket.send(endpoint.message(Kind.GREETING), self._address)
+        endpoint.peer = known
 
 
 class UdpRobot:
@@ -167,18 +188,27 @@ class UdpRobot:
 
     def __init__(self, address: str, key: bytes) -> None:
         host, port = parse_address(address)
-        self._endpoint = _Endpoint(key)
+        self._socket = _Socket(key)
         try:
-            self._endpoint.socket.bind((host, port))
+            self._socket.socket.bind((host, port))
         except OSError as error:
             raise ConfigError(f"link: cannot listen at {address} ({error.strerror})") from None
-        self.address = "{}:{}".format(*self._endpoint.socket.getsockname())
-        self._peer: tuple[str, int] | None = None
+        self.address = "{}:{}".format(*self._socket.socket.getsockname())
+        self._controller: tuple[str, int] | None = None
+        self._heard_s = -math.inf
 
     @property
     def connected(self) -> bool:
         """Whether a controller has greeted it."""
-        return self._peer is not None
+        return self._controller is not None
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the last command: there is one in every period, whatever happens.
+
+        A robot that is told nothing for several periods must stop by itself.
+        """
+        return time.monotonic() - self._heard_s
 
     def command(self, timeout_s: float = 0.0) -> Command | None:
         """Return the newest command that was not returned before; ``None`` if none comes.
@@ -187,10 +217,15 @@ class UdpRobot:
             timeout_s: How long to wait if there is nothing yet.
         """
         newest = None
-        for message, address in self._endpoint.messages(timeout_s):
+        endpoint = self._socket.endpoint
+        for message, address in self._socket.messages(timeout_s):
             if message.kind is Kind.GREETING:
-                self._peer = address
+                self._controller, endpoint.peer = address, message.session
+                self._send(endpoint.message(Kind.GREETING))
+            elif message.session != endpoint.peer:
+                endpoint.dropped["of another controller"] += 1
             elif message.kind is Kind.COMMAND and message.mode < len(_MODES):
+                self._heard_s = time.monotonic()
                 newest = Command(list(message.numbers), _MODES[message.mode])
         return newest
 
@@ -198,21 +233,21 @@ class UdpRobot:
         self, values: Sequence[float], *, age_s: float = 0.0, first: bool = False
     ) -> None:
         """Send an observation to whoever greeted last."""
-        message = self._endpoint.sender.message
+        message = self._socket.endpoint.message
         self._send(message(Kind.OBSERVATION, values, age_s=age_s, mode=int(first)))
 
     def stop(self) -> None:
         """Ask the controller for a stop."""
-        self._send(self._endpoint.sender.message(Kind.STOP))
+        self._send(self._socket.endpoint.message(Kind.STOP))
 
     def reset(self) -> None:
         """Ask the controller to go on after a stop."""
-        self._send(self._endpoint.sender.message(Kind.RESET))
+        self._send(self._socket.endpoint.message(Kind.RESET))
 
     def close(self) -> None:
         """Stop listening."""
-        self._endpoint.socket.close()
+        self._socket.socket.close()
 
     def _send(self, datagram: bytes) -> None:
-        if self._peer is not None:
-            self._endpoint.send(datagram, self._peer)
+        if self._controller is not None:
+            self._socket.send(datagram, self._controller)

@@ -200,6 +200,12 @@ def _open_link(request: _Request, contract: Contract) -> tuple[Link, Simulation 
         from genpol.deploy.links.ros2 import Ros2Link
 
         link = Ros2Link(contract, **_ros2_options(request.ros2))
+    if simulation is None and request.limited and _is_loose(contract):
+        raise ConfigError(
+            f"{request.bundle}: has no limits but those of its simulation, where any command may "
+            "follow any other; give your robot's in robot=<file> of genpol export, or add "
+            f"{_UNSAFE}"
+        )
     link.open()
     return link, simulation
 
@@ -212,7 +218,7 @@ def _control(
     observer: Callable[[Any], None] | None,
     simulation: Simulation | None,
 ) -> Report:
-    from dataclasses import replace
+    from functools import partial
 
     from genpol.deploy.controller import Controller, await_robot, start_commands, take_priority
     from genpol.deploy.safety import SafetyFilter
@@ -221,12 +227,11 @@ def _control(
     if reason:
         sys.stderr.write(f"genpol: no real-time priority ({reason}); ticks may begin late\n")
     first = await_robot(link, request.settings.connect_s)
-    known = [joint for joint in contract.action if joint.name not in request.start]
     given = dict(request.start)
-    if known and not (simulation is not None and _is_loose(contract)):
-        told = start_commands(replace(contract, **_only(contract, known)), first)
-        given |= {joint.name: at for joint, at in zip(known, told, strict=True)}
-    start = [given.get(joint.name, joint.neutral) for joint in contract.action]
+    if simulation is not None and _is_loose(contract):  # any command may follow any other
+        given = {joint.name: joint.neutral for joint in contract.action} | given
+    standing = partial(start_commands, contract, given=given)
+    start = standing(first)
     safety = SafetyFilter(
         contract.action,
         contract.period_s,
@@ -234,34 +239,32 @@ def _control(
         hold_s=request.settings.hold_s,
         limited=request.limited,
     )
-    controller = Controller(contract, link, policy, safety, request.settings, look_on=observer)
+    controller = Controller(
+        *(contract, link, policy, safety, request.settings), standing=standing, look_on=observer
+    )
     if simulation is not None:
         simulation.when_done(controller.stop)
     with _ended_by_signals(controller):
         return controller.run(first, request.seconds)
 
 
-def _only(contract: Contract, joints: Sequence[Any]) -> dict[str, Any]:
-    places = [contract.action.index(joint) for joint in joints]
-    return {"action": tuple(joints), "commands": tuple(contract.commands[i] for i in places)}
-
-
 def _is_loose(contract: Contract) -> bool:
     """Whether the limits are those of the simulation, where any command may follow any other."""
     return all(
-        (joint.high - joint.low) <= joint.velocity * contract.period_s for joint in contract.action
+        (joint.low, joint.high) == (low, high) and high - low <= joint.velocity * contract.period_s
+        for joint, (low, high) in zip(contract.action, contract.commands, strict=True)
     )
 
 
 class _ended_by_signals:  # noqa: N801 - a context manager
-    """Lets Ctrl-C and SIGTERM end a run in order; a second one kills it."""
+    """Lets Ctrl-C, SIGTERM and a lost terminal end a run in order; a second one kills it."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             self._before[number] = signal.signal(number, self._heed)
 
     def __exit__(self, *_: object) -> None:

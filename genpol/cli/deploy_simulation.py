@@ -173,7 +173,8 @@ def _make(task: _Task) -> EnvBase:
     known = settings_classes()
     if task.family not in known:
         raise ConfigError(f"there is no simulator {task.family!r}")
-    settings = {**task.simulation}
+    # The controller keeps the history: a robot tells what it sees now.
+    settings = {**task.simulation, "observation_steps": 1}
     if "num_threads" in settings:
         settings["num_threads"] = 1
     return make(known[task.family](**settings), num_envs=1, seed=task.seed)

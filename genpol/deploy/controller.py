@@ -22,9 +22,11 @@ import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 from genpol import settings as check
@@ -74,17 +76,28 @@ def take_priority() -> str:
     return ""
 
 
-def start_commands(contract: Contract, first: Observed) -> list[float]:
+def start_commands(
+    contract: Contract, first: Observed, given: Mapping[str, float] = MappingProxyType({})
+) -> list[float]:
     """Return the commands that a robot is at when it begins.
 
     Joints that are told positions begin where they stand, others at what does nothing.
 
+    Args:
+        contract: What is observed and commanded.
+        first: An observation.
+        given: Commands of joints that do not tell where they stand.
+
     Raises:
-        ConfigError: If it is not observed where a joint stands.
+        ConfigError: If it is not observed where a joint stands, in its own unit, or it stands
+            beyond its limits.
     """
     places = {channel.name: index for index, channel in enumerate(contract.observation)}
     found = []
     for joint in contract.action:
+        if joint.name in given:
+            found.append(given[joint.name])
+            continue
         if joint.interface != "position":
             found.append(joint.neutral)
             continue
@@ -95,6 +108,18 @@ def start_commands(contract: Contract, first: Observed) -> list[float]:
                 f"joint {joint.name!r}: is told positions, but the robot does not tell where it "
                 f"stands; name an observation {joint.name}.position in robot=<file> of genpol "
                 "export, or give start={joint: command, ...}"
+            )
+        assert place is not None
+        unit = contract.observation[place].unit
+        if unit not in ("1", joint.unit):  # 1 where nobody has said
+            raise ConfigError(
+                f"joint {joint.name!r}: is told {joint.unit}, and {joint.name}.position is in "
+                f"{unit}; give both in one unit in robot=<file> of genpol export"
+            )
+        if not joint.low <= value <= joint.high:
+            raise ConfigError(
+                f"joint {joint.name!r}: stands at {value:g} {unit}, beyond its limits "
+                f"[{joint.low:g}, {joint.high:g}]; move it within them first"
             )
         found.append(value)
     return found
@@ -219,6 +244,7 @@ class Tick:
         command: What was sent.
         events: Interventions in this tick.
         work_s: Seconds since the tick began.
+        accepted: Whether what was read could be acted on.
     """
 
     number: int
@@ -228,6 +254,7 @@ class Tick:
     command: Command
     events: tuple[Event, ...]
     work_s: float
+    accepted: bool = True
 
 
 class Controller:
@@ -239,6 +266,8 @@ class Controller:
         planner: The policy, started.
         safety: Between both.
         settings: How to wait.
+        standing: Returns the commands that a robot is at, from an observation, where it goes on
+            after a stop; by default :func:`start_commands`.
         look_on: Called after each command, with what was done; it must not take long.
         clock: Monotonic, in seconds.
         sleep: Sleeps so many seconds.
@@ -252,6 +281,7 @@ class Controller:
         safety: SafetyFilter,
         settings: ControllerSettings,
         *,
+        standing: Callable[[Observed], list[float]] | None = None,
         look_on: Callable[[Tick], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -262,6 +292,7 @@ class Controller:
         self._planner = planner
         self._safety = safety
         self._settings = settings
+        self._standing = standing or partial(start_commands, contract)
         self._look_on = look_on
         self._clock = clock
         self._sleep = sleep
@@ -277,6 +308,9 @@ class Controller:
         self._anew = True  # for the policy, which has not been asked since
         self._valid_from = 0
         self._told = 0
+        self._reset_wanted = False
+        self._old_since_s = math.inf
+        self._sent = safety.sent
         self._stop = False
         self.report = Report(period)
 
@@ -338,8 +372,9 @@ class Controller:
         seen = self._judge(observed)
         if link.stop_requested:
             safety.stop(link.stop_requested)
-        if link.take_reset():
-            self._reset(number)
+        self._reset_wanted |= link.take_reset()
+        if self._reset_wanted and seen is not None:  # not before it is known where the robot stands
+            self._reset(number, seen)
         if seen is not None:
             self._ask(number, seen, deadline)
         elif self._planner.pending:  # what it has answered meanwhile
@@ -357,7 +392,10 @@ class Controller:
             self._told = count
             events = tuple(safety.events[i] for i in range(-new, 0))
             now = self._clock()
-            tick = Tick(number, now - start, observed, target, command, events, now - deadline)
+            tick = Tick(
+                *(number, now - start, observed, target, command, events, now - deadline),
+                accepted=seen is not None,
+            )
             self._look_on(tick)
 
     def _judge(self, observed: Observed | None) -> Observed | None:
@@ -368,12 +406,25 @@ class Controller:
         age = self._clock() - observed.measured_s
         if observed.first:
             self._begins = True
-        refusal = self._guard.refusal(observed.values, age)
+        # A robot that is told to stand still may see the same again.
+        moving, self._sent = self._safety.sent != self._sent, self._safety.sent
+        refusal = self._guard.refusal(observed.values, age, moving=moving)
+        self._check_delay(refusal == "observation: too old")
         if refusal:
             self._safety.note(refusal)
             return None
         self.report.age_s.append(age)
         return observed
+
+    def _check_delay(self, late: bool) -> None:
+        """Stop where delay lasts: what is always late would count as new after a while."""
+        now = self._clock()
+        self._old_since_s = min(self._old_since_s, now) if late else math.inf
+        if now - self._old_since_s > self._settings.link_timeout_s:
+            self._safety.stop(
+                f"observations are too old for {self._settings.link_timeout_s:g} s: the link is "
+                "late"
+            )
 
     def _ask(self, number: int, observed: Observed, deadline: float) -> None:
         """Ask for a chunk if one is due, and take what comes in time."""
@@ -417,11 +468,13 @@ class Controller:
         elif self._planner.waited_s > timeout:
             self._safety.stop(f"the policy has not answered for {timeout:g} s")
 
-    def _reset(self, number: int) -> None:
+    def _reset(self, number: int, observed: Observed) -> None:
+        self._reset_wanted = False
         try:
-            self._safety.reset()
-        except ConfigError:
-            self._safety.note("reset refused: not at rest yet")
+            standing = self._standing(observed)
+            self._safety.reset(standing)
+        except ConfigError as error:
+            self._safety.note(f"reset refused: {error}")
             return
         self._begins = True
         self._player.forget()

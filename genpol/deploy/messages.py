@@ -8,7 +8,7 @@ bytes  type    what
 4      chars   ``GPL1``: protocol and version
 1      uint8   kind: 1 observation, 2 command, 3 stop, 4 reset, 5 greeting
 1      uint8   mode of a command: 0 run, 1 hold, 2 damp, 3 stop; of an observation: 1 if an
-               episode begins with it; else 0
+               episode begins with it, and 2 more as long as the robot's side wants a stop; else 0
 2      uint16  count of numbers
 8      uint64  session: a random number of the sender's process
 8      uint64  session of the receiver, as the sender knows it; 0 in a first greeting
@@ -22,9 +22,12 @@ bytes  type    what
 The clocks of two machines need not agree: ages are sent, and delays are told from the fastest
 message of the last seconds. What is too short, of another version, or not signed with the key is
 dropped and counted, and so is what comes late, twice or out of order (a sequence number that is not
-greater than the last of its session), and what was meant for another process than this one: nothing
-that was recorded on the way can be used again. A robot answers a greeting with one of its own, so
-that each side knows the other's session.
+greater than the last of its session), and what was meant for another process than this one.
+
+The controller greets with no session of the receiver; the robot answers to where that came from,
+with its own session; the controller greets again with that. Only then is it the one that the robot
+obeys, and only if no other has commanded within a second. So nothing that was recorded on the way
+can be used again: all but first greetings are bound to two processes and a place in their order.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class Message:
         session: Of the sender.
         sequence: Its number.
         sent_s: When it was sent, on the sender's monotonic clock.
+        bound: Whether it was meant for this process; a first greeting is meant for any.
         numbers: What it holds.
         age_s: Seconds from the measurement to the sending.
         mode: Of a command, by number; of an observation, whether an episode begins.
@@ -77,6 +81,7 @@ class Message:
     session: int
     sequence: int
     sent_s: float
+    bound: bool
     numbers: tuple[float, ...] = ()
     age_s: float = 0.0
     mode: int = 0
@@ -153,6 +158,8 @@ class Endpoint:
             return None, "wrong signature"
         if count > MAX_NUMBERS or len(body) != _HEADER.size + 8 * count:
             return None, "wrong length"
+        if session == self.session:
+            return None, "from this process"
         if peer != self.session and not (kind == Kind.GREETING and peer == 0):
             return None, "for another process"
         if sequence <= self._last.get(session, 0):
@@ -162,8 +169,9 @@ class Endpoint:
         except ValueError:
             return None, "unknown kind"
         numbers = struct.unpack_from(f"!{count}d", body, _HEADER.size)
-        message = Message(known, session, sequence, sent_ns * 1e-9, numbers, age_ns * 1e-9, mode)
-        return message, ""
+        times = (sequence, sent_ns * 1e-9)
+        bound = peer == self.session
+        return Message(known, session, *times, bound, numbers, age_ns * 1e-9, mode), ""
 
 
 def checked_key(key: bytes) -> bytes:

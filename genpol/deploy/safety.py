@@ -184,8 +184,12 @@ class SafetyFilter:
             self.stop_reason = reason
             self.note(f"stop: {reason}")
 
-    def reset(self) -> None:
+    def reset(self, standing: Sequence[float] | None = None) -> None:
         """Go on after a stop.
+
+        Args:
+            standing: Commands that the robot is at, which may have been moved meanwhile;
+                ``None`` for the last ones.
 
         Raises:
             ConfigError: If it has not come to rest yet.
@@ -196,6 +200,9 @@ class SafetyFilter:
             self.note("reset")
         self.stop_reason = ""
         self._missed = 0
+        if standing is not None:
+            for joint, position in zip(self._joints, standing, strict=True):
+                joint.begin(position)
 
     def _refusal(self, target: Sequence[float]) -> str:
         try:
@@ -264,12 +271,13 @@ class ObservationGuard:
         self._last: tuple[float, ...] = ()
         self._same = 0
 
-    def refusal(self, observation: Sequence[float], age_s: float) -> str:
+    def refusal(self, observation: Sequence[float], age_s: float, *, moving: bool = True) -> str:
         """Return why an observation is refused; empty if it is not.
 
         Args:
             observation: Its numbers.
             age_s: Seconds since it was taken; negative where a clock jumped.
+            moving: Whether the robot was told anything new: only then must it see anything new.
         """
         if len(observation) != self._size:
             return "observation: size"
@@ -283,7 +291,10 @@ class ObservationGuard:
         if not -self._max_age_s <= age_s <= self._max_age_s:
             return "observation: too old" if age_s > 0 else "observation: from the future"
         values = tuple(observation)
-        self._same = self._same + 1 if values == self._last else 0
+        if values != self._last:
+            self._same = 0
+        elif moving:
+            self._same += 1
         self._last = values
         if self._frozen_ticks and self._same >= self._frozen_ticks:
             return "observation: frozen"

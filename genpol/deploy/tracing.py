@@ -178,9 +178,11 @@ def _plan(agent: Agent, policy: TensorDictModuleBase, exploration: ExplorationTy
     if isinstance(agent, ChunkAgent):
         chunk_agent = agent
 
+        carried = agent.plan_steps - agent.settings.past_steps  # those behind are of the past
+
         def plan(observation: Tensor) -> Tensor:
             with set_exploration_type(exploration):
-                return chunk_agent.plan_actions(observation, agent.generator)
+                return chunk_agent.plan_actions(observation, agent.generator)[:, :carried]
 
         return Acting(plan, _action_steps(agent))
     if isinstance(agent, WorldModelAgent):
@@ -251,7 +253,29 @@ def _bound(agent: Agent) -> Acting:
         shift, scale = chunk_agent.action_shift, chunk_agent.action_scale
         return (shift + scale * own).clamp(-1.0, 1.0)
 
+    _check_plain(agent, plan)
     return Acting(plan, _action_steps(agent), "chunk")
+
+
+@torch.no_grad()
+def _check_plain(agent: ChunkAgent, plan: Act) -> None:
+    """Refuse a policy that does more than sample its flow, which a bound chunk would leave out."""
+    width = agent.specs.observation_dim + agent.specs.goal_dim * agent.told_goal
+    draw = torch.Generator().manual_seed(0)
+    observation = torch.randn(1, width, generator=draw)
+    with NoiseTape() as tape:
+        agent.plan_actions(observation, agent.generator)
+    noise = torch.randn(1, tape.used, generator=draw)
+    shape = (1, agent.plan_steps, agent.specs.action_dim)
+    with NoiseTape(noise):
+        wanted = agent.plan_actions(observation, agent.generator)
+    with NoiseTape(noise) as own:
+        found = plan(observation, torch.zeros(shape), torch.zeros(shape[:2]))
+    if own.used != tape.used or not torch.allclose(found, wanted, atol=1e-4):
+        raise ConfigError(
+            "export: real_time_chunking takes one sample of the flow as it is; leave guidance out, "
+            "and best of N (agent.best_of=1)"
+        )
 
 
 def _why_not_bound(flow: FlowPolicy | DiffusionPolicy) -> str:
@@ -259,6 +283,8 @@ def _why_not_bound(flow: FlowPolicy | DiffusionPolicy) -> str:
         return "is a diffusion model"
     if flow.horizon < 2:
         return "makes single actions"
+    if flow.past_steps:
+        return "has actions of the past at its chunks' ends"
     if flow.solver != "euler" or flow.state_clip is not None:
         return "does not take plain Euler steps"
     return ""

@@ -38,6 +38,17 @@ def bundle(reacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     return open_bundle(target)
 
 
+@pytest.fixture(scope="module")
+def limited(reacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle for a robot, with limits of its own, though wide ones."""
+    folder = tmp_path_factory.mktemp("limited")
+    robot = folder / "robot.yaml"
+    robot.write_text("joints: {joint0: {velocity: 90}, joint1: {velocity: 90}}\n")
+    arguments = [str(reacher_run), f"output={folder / 'reacher'}", f"robot={robot}"]
+    assert main(["export", *arguments]) == 0
+    return open_bundle(folder / "reacher")
+
+
 @pytest.fixture(autouse=True)
 def _considerate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the tests' own process without real-time priority, and do not tidy up for long."""
@@ -99,13 +110,13 @@ def robot() -> Iterator[Robot]:
 
 @pytest.fixture
 def deploy(
-    robot: Robot, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    robot: Robot, limited: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, dict[str, Any], str]]:
     """Return what runs a bundle on the robot: the exit code, the report, and what was said."""
     key = tmp_path / "robot.key"
     key.write_bytes(KEY + b"\n")
 
-    def run(*options: str, folder: Path = bundle.folder) -> tuple[int, dict[str, Any], str]:
+    def run(*options: str, folder: Path = limited.folder) -> tuple[int, dict[str, Any], str]:
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
         capsys.readouterr()
@@ -118,13 +129,13 @@ def deploy(
 
 
 @pytest.fixture
-def refusal(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refusal(limited: Bundle, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return the one line with which options are refused, after which no process is left."""
 
     def message(*options: str) -> str:
         before = {child.pid for child in psutil.Process().children()}
         capsys.readouterr()
-        assert main(["deploy", str(bundle.folder), *options]) in (1, 2)
+        assert main(["deploy", str(limited.folder), *options]) in (1, 2)
         lines = capsys.readouterr().err.splitlines()
         errors = [x for x in lines if not x.startswith("genpol: no real-time priority")]
         assert len(errors) == 1

@@ -36,6 +36,7 @@ def test_a_message_comes_through(kind: Kind, numbers: list[float], mode: int, ag
     assert found is not None
     assert (found.kind, found.mode, found.sequence) == (kind, mode, 1)
     assert found.session == sender.session
+    assert found.bound
     assert found.numbers == tuple(numbers)
     assert found.age_s == pytest.approx(age_s, abs=1e-9)
 

@@ -156,6 +156,7 @@ def test_a_recording_opens_and_its_messages_are_what_the_schemas_say(
         "tick": 0,
         "time_s": 0.0,
         "first": True,
+        "accepted": True,
         "observation": [0.1, 0.2, 0.3, 0.4, 0.5],
         "target": [0.0, 0.0],
         "command": [0.25, -1.0],

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from genpol.deploy.links.udp import UdpLink, UdpRobot, parse_address
+from genpol.deploy.messages import Kind
 from genpol.deploy.safety import Command, Mode
 from genpol.errors import ConfigError
 
@@ -26,8 +27,18 @@ def robot() -> Iterator[UdpRobot]:
 def meet(robot: UdpRobot, link: UdpLink) -> None:
     """Have a robot answer the greeting of a link that has been opened."""
     assert robot.command(1.0) is None
-    assert robot.connected
+    assert not robot.connected  # before it has greeted with the robot's session
     assert link.read(0.05) is None
+    assert robot.command(1.0) is None
+    assert robot.connected
+
+
+def meet_again(robot: UdpRobot, link: UdpLink) -> None:
+    """Have a robot answer a link that has greeted, and the link greet with its session."""
+    for _ in range(3):
+        robot.command(0.05)
+        link.read(0.12)
+    assert robot.connected
 
 
 @pytest.fixture
@@ -110,12 +121,20 @@ def test_strangers_are_not_heard(robot: UdpRobot, link: UdpLink) -> None:
     stranger.close()
 
 
-def test_a_controller_that_starts_anew_takes_over(robot: UdpRobot, link: UdpLink) -> None:
+def test_a_controller_that_starts_anew_takes_over_from_one_that_is_silent(
+    robot: UdpRobot, link: UdpLink
+) -> None:
     link.write(Command([1.0], Mode.RUN))
     assert robot.command(0.5).values == [1.0]
     second = UdpLink(robot.address, KEY)
     second.open()
-    meet(robot, second)
+    assert robot.command(0.5) is None
+    assert second.read(0.05) is None
+    second.write(Command([2.0], Mode.RUN))
+    assert robot.command(0.1) is None  # another commands
+    time.sleep(1.0)
+    second.read(0.05)  # which greets again
+    meet_again(robot, second)
     second.write(Command([2.0], Mode.RUN))
     assert robot.command(0.5).values == [2.0]
     link.write(Command([1.0], Mode.RUN))  # who has commanded before is not heard any more
@@ -123,6 +142,54 @@ def test_a_controller_that_starts_anew_takes_over(robot: UdpRobot, link: UdpLink
     robot.observation([5.0])
     assert second.read(0.5).values == (5.0,)
     second.close()
+
+
+def test_a_greeting_that_was_recorded_takes_nobody_s_place(robot: UdpRobot, link: UdpLink) -> None:
+    """It cannot be answered with the robot's session by who does not hold the key."""
+    other = UdpLink(robot.address, KEY)
+    greeting = other._socket.endpoint.message(Kind.GREETING)
+    other.close()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thief:
+        for _ in range(3):
+            thief.sendto(greeting, parse_address(robot.address))
+        assert robot.command(0.2) is None
+        robot.observation([7.0])
+        assert link.read(0.5).values == (7.0,)
+    link.write(Command([1.0], Mode.RUN))
+    assert robot.command(0.5).values == [1.0]
+
+
+def test_what_a_link_sent_itself_is_nothing_to_it(robot: UdpRobot, link: UdpLink) -> None:
+    endpoint = link._socket.endpoint
+    assert endpoint.read(endpoint.message(Kind.GREETING)) is None
+    assert endpoint.dropped == {"from this process": 1}
+
+
+def test_a_stop_that_was_lost_comes_with_every_observation(robot: UdpRobot, link: UdpLink) -> None:
+    robot.stop()
+    link._socket.messages(0.2)  # lost
+    assert link.stop_requested == ""
+    robot.observation([1.0], first=True)
+    found = link.read(0.5)
+    assert (found.values, found.first) == ((1.0,), True)
+    assert link.stop_requested == "the robot's side asked for it"
+    robot.reset()
+    robot.observation([1.0])
+    assert link.read(0.5).first is False
+    assert link.stop_requested == ""
+    assert link.take_reset()
+
+
+def test_a_robot_whose_program_began_anew_is_a_stop(robot: UdpRobot, link: UdpLink) -> None:
+    robot.close()
+    again = UdpRobot(robot.address, KEY)
+    try:
+        time.sleep(0.12)
+        assert link.read(0.05) is None  # it greets
+        meet_again(again, link)
+        assert link.stop_requested == "the robot's program began anew"
+    finally:
+        again.close()
 
 
 def test_how_long_a_robot_was_told_nothing(robot: UdpRobot, link: UdpLink) -> None:

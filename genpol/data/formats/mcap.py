@@ -5,7 +5,8 @@ contract as an attachment; see :mod:`genpol.deploy.observer`. Other MCAP files a
 
 Actions are the commands that were *sent*, which the safety filter may have changed, scaled to
 [-1, 1] by the contract's ``commands``. A trajectory ends where an episode of a simulation begins
-anew, and where an observation is missing or a tick was skipped: never does one jump over a gap.
+anew, and where an observation is missing, was refused or a tick was skipped: never does one jump
+over a gap. A goal that came behind the observation is the column ``goal``.
 There are no rewards, for robots tell none; no trajectory is ``terminated``.
 """
 
@@ -52,7 +53,7 @@ def read(path: Path, sink: RowSink) -> None:
             contract = _contract(reader, path)
             sink.metadata.update(format="mcap", source=str(path), env=contract["env"])
             bounds = np.asarray(contract["commands"], dtype=np.float64)
-            rows = _Rows(sink, bounds, source)
+            rows = _Rows(sink, bounds, source, goal_dim=contract["goal_dim"])
             for _, _, message in reader.iter_messages(topics=[_TICK]):
                 rows.add(json.loads(message.data))
             rows.finish()
@@ -81,8 +82,11 @@ class _Rows:
     Whether a tick is the last of its trajectory is known when the next one comes.
     """
 
-    def __init__(self, sink: RowSink, bounds: np.ndarray[Any, Any], source: Source) -> None:
+    def __init__(
+        self, sink: RowSink, bounds: np.ndarray[Any, Any], source: Source, *, goal_dim: int
+    ) -> None:
         self._sink = sink
+        self._goal_dim = goal_dim
         self._low, self._high = bounds.T
         self._source = source
         self._held: dict[str, Any] | None = None
@@ -91,7 +95,7 @@ class _Rows:
 
     def add(self, tick: dict[str, Any]) -> None:
         held, seen = self._held, tick["observation"]
-        sound = seen is not None and None not in seen  # null stands for what is not finite
+        sound = tick["accepted"] and seen is not None and None not in seen
         follows = held is not None and tick["tick"] == held["tick"] + 1
         goes_on = sound and follows and not tick["first"]
         self._release(last=not goes_on)
@@ -118,9 +122,12 @@ class _Rows:
         ticks = [tick for tick, _ in self._block]
         command = np.asarray([tick["command"] for tick in ticks], dtype=np.float64)
         action = 2.0 * (command - self._low) / (self._high - self._low) - 1.0
-        observation = np.asarray([tick["observation"] for tick in ticks], dtype=np.float32)
+        seen = np.asarray([tick["observation"] for tick in ticks], dtype=np.float32)
+        width = seen.shape[1] - self._goal_dim
+        goal = {"goal": seen[:, width:]} if self._goal_dim else {}
         columns = {
-            "observation": observation,
+            "observation": seen[:, :width],
+            **goal,
             "action": action.clip(-1.0, 1.0).astype(np.float32),
             "terminated": np.zeros(len(ticks), dtype=bool),
         }

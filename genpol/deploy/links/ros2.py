@@ -5,6 +5,10 @@ names ``JOINT.position``, ``JOINT.velocity`` and ``JOINT.effort``; or, for whate
 sees, whole vectors in the contract's order as ``std_msgs/Float64MultiArray``. Commands are
 ``Float64MultiArray`` for forward command controllers or ``JointTrajectory`` of one point, a period
 ahead, for joint trajectory controllers. The modes hold, damp and stop are in the numbers alone.
+``std_msgs/Bool`` on ``/genpol/stop`` stops the robot with true, and lets it go on with false.
+
+A forward command controller goes on with the last command it was told if the controller's computer
+dies: set a command timeout on the robot's side.
 
 DDS is not authenticated here: whoever is in the domain may command. Keep robots in a network of
 their own, or take ``link=udp``, which is signed.
@@ -26,6 +30,7 @@ from genpol.settings import at_least, one_of
 FIELDS = ("position", "velocity", "effort")
 COMMANDS = ("array", "trajectory")
 
+_STOP_TOPIC = "/genpol/stop"
 _MOST = 64  # messages that are taken at once
 
 
@@ -87,6 +92,8 @@ class Ros2Link(Link):
         self._ages = Ages()
         self._counts = {"unknown joints": 0, "wrong size": 0}
         self._entities: list[Any] = []
+        self._stop = ""
+        self._reset = False
 
     def open(self) -> None:
         """See :class:`~genpol.deploy.links.Link`; a robot may come up later."""
@@ -117,6 +124,9 @@ class Ros2Link(Link):
         self._condition = ReadCondition(
             self._reader, SampleState.NotRead | ViewState.Any | InstanceState.Any
         )
+        self._stops = DataReader(
+            self._participant, Topic(self._participant, f"rt{_STOP_TOPIC}", ros.Bool), qos["read"]
+        )
         self._waiting = WaitSet(self._participant)
         self._waiting.attach(self._condition)
         self._messages = ros
@@ -143,13 +153,27 @@ class Ros2Link(Link):
         # A header of zeros: carry it out when it comes.
         self._writer.write(ros.JointTrajectory(joint_names=self._joints, points=[point]))
 
+    @property
+    def stop_requested(self) -> str:
+        """See :class:`~genpol.deploy.links.Link`."""
+        for message in self._stops.take(_MOST):
+            if isinstance(message, self._messages.Bool):
+                self._reset |= bool(self._stop) and not message.data
+                self._stop = f"{_STOP_TOPIC} asked for it" if message.data else ""
+        return self._stop
+
+    def take_reset(self) -> bool:
+        """See :class:`~genpol.deploy.links.Link`."""
+        asked, self._reset = self._reset, False
+        return asked
+
     def statistics(self) -> dict[str, int]:
         """See :class:`~genpol.deploy.links.Link`."""
         return dict(self._counts)
 
     def close(self) -> None:
         """See :class:`~genpol.deploy.links.Link`."""
-        for name in ("_waiting", "_condition", "_reader", "_writer", "_participant"):
+        for name in ("_waiting", "_condition", "_stops", "_reader", "_writer", "_participant"):
             if hasattr(self, name):
                 delattr(self, name)
         self._entities.clear()

@@ -89,3 +89,10 @@ class JointTrajectory(IdlStruct, typename="trajectory_msgs.msg.dds_.JointTraject
     header: Header = field(default_factory=Header)
     joint_names: sequence[str] = field(default_factory=list)
     points: sequence[JointTrajectoryPoint] = field(default_factory=list)
+
+
+@dataclass
+class Bool(IdlStruct, typename="std_msgs.msg.dds_.Bool_"):
+    """Yes or no."""
+
+    data: bool = False

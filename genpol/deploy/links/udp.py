@@ -1,7 +1,7 @@
 """Robots that speak :mod:`genpol.deploy.messages` over UDP.
 
-The robot's side listens; the controller greets it until it answers with an observation. Whoever
-holds the key may command, and the robot's side obeys the one that greeted it last.
+The robot's side listens; the controller greets it until it answers. Whoever holds the key may
+command, one at a time: another is heard when the one before has been silent for a second.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from genpol.errors import ConfigError
 
 _LONGEST = 65_535
 _GREETING_S = 0.1
+_TAKEOVER_S = 1.0
+_FIRST, _STOPPING = 1, 2  # in the mode of an observation
+_ASKED = "the robot's side asked for it"
 _MODES = list(Mode)
 
 
@@ -122,17 +125,26 @@ class UdpLink(Link):
     def _take(self, message: Message) -> Observed | None:
         """Heed a message; return the observation that it holds."""
         now = time.monotonic()
-        self._heard_s = now
         endpoint = self._socket.endpoint
+        if not message.bound:
+            return None
         if message.session != endpoint.peer:  # another process, and perhaps another clock
+            if endpoint.peer:
+                self._stop = "the robot's program began anew"
             endpoint.peer = message.session
             self._ages = Ages()
+        if message.kind is Kind.GREETING:  # the robot obeys whoever knows its session
+            self._socket.send(endpoint.message(Kind.GREETING), self._address)
+        self._heard_s = now
         delay = self._ages.age(message.sent_s, now)
         match message.kind:
             case Kind.OBSERVATION:
-                return Observed(message.numbers, now - delay - message.age_s, message.mode == 1)
+                if message.mode & _STOPPING:
+                    self._stop = _ASKED
+                measured_s = now - delay - message.age_s
+                return Observed(message.numbers, measured_s, bool(message.mode & _FIRST))
             case Kind.STOP:
-                self._stop = "the robot's side asked for it"
+                self._stop = _ASKED
             case Kind.RESET:
                 self._stop, self._reset = "", True
         return None
@@ -196,6 +208,7 @@ class UdpRobot:
         self.address = "{}:{}".format(*self._socket.socket.getsockname())
         self._controller: tuple[str, int] | None = None
         self._heard_s = -math.inf
+        self._stopping = False
 
     @property
     def connected(self) -> bool:
@@ -220,8 +233,7 @@ class UdpRobot:
         endpoint = self._socket.endpoint
         for message, address in self._socket.messages(timeout_s):
             if message.kind is Kind.GREETING:
-                self._controller, endpoint.peer = address, message.session
-                self._send(endpoint.message(Kind.GREETING))
+                self._greeted(message, address)
             elif message.session != endpoint.peer:
                 endpoint.dropped["of another controller"] += 1
             elif message.kind is Kind.COMMAND and message.mode < len(_MODES):
@@ -229,19 +241,36 @@ class UdpRobot:
                 newest = Command(list(message.numbers), _MODES[message.mode])
         return newest
 
+    def _greeted(self, message: Message, address: tuple[str, int]) -> None:
+        """Answer a greeting; obey whoever greets with this process's session."""
+        endpoint = self._socket.endpoint
+        other = endpoint.peer not in (0, message.session)
+        if other and self.silence_s < _TAKEOVER_S:
+            endpoint.dropped["greeting while another commands"] += 1
+            return
+        if message.bound:
+            self._controller, endpoint.peer = address, message.session
+            return
+        before, endpoint.peer = endpoint.peer, message.session
+        self._socket.send(endpoint.message(Kind.GREETING), address)
+        endpoint.peer = before
+
     def observation(
         self, values: Sequence[float], *, age_s: float = 0.0, first: bool = False
     ) -> None:
         """Send an observation to whoever greeted last."""
+        mode = _FIRST * first + _STOPPING * self._stopping
         message = self._socket.endpoint.message
-        self._send(message(Kind.OBSERVATION, values, age_s=age_s, mode=int(first)))
+        self._send(message(Kind.OBSERVATION, values, age_s=age_s, mode=mode))
 
     def stop(self) -> None:
-        """Ask the controller for a stop."""
+        """Ask the controller for a stop, with every observation until :meth:`reset`."""
+        self._stopping = True
         self._send(self._socket.endpoint.message(Kind.STOP))
 
     def reset(self) -> None:
         """Ask the controller to go on after a stop."""
+        self._stopping = False
         self._send(self._socket.endpoint.message(Kind.RESET))
 
     def close(self) -> None:

@@ -213,7 +213,6 @@ def _contract(trained: TrainedRun, traced: TracedPolicy, request: _Request) -> C
         source={
             "checkpoint": "/".join(trained.checkpoint.parts[-3:]),
             "seed": settings.seed,
-            "gradient_steps": trained.agent.gradient_steps,
             "simulator": family(settings.env),
             "simulation": asdict(settings.env),
         },

@@ -227,7 +227,9 @@ def _learned_from(trained: TrainedRun) -> dict[str, Any]:
     settings = trained.settings
     facts: dict[str, Any] = {"agent": settings.choices.agent}
     facts |= {"name": Path(settings.data).name} if settings.data else {}
-    return facts | {"updates": trained.agent.gradient_steps}
+    from genpol.training import checkpoint
+
+    return facts | {"updates": checkpoint.read_metadata(trained.checkpoint)["gradient_steps"]}
 
 
 def _measured(trained: TrainedRun) -> dict[str, Any]:

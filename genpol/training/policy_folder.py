@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ def card(name: str, policy: PretrainedPolicy) -> str:
     model, width = policy.model, "x".join(str(x) for x in policy.model["actor"]["hidden"])
     # Other libraries name environments as they please.
     env = "<name>" if "format" in policy.data else policy.env.split()[0]
+    env = re.sub(r"-task(\d+)$", r" env.task=\1", env)  # OGBench's tasks, as the command names them
     return (
         f"# {name}\n\n"
         f"A {model['denoiser']} policy for `{policy.env}`, made with genpol {genpol.__version__}.\n"

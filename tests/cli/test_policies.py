@@ -138,6 +138,28 @@ def test_what_is_nowhere_is_refused_with_the_nearest(
     assert "reach" in message
 
 
+def test_policies_that_come_with_genpol_are_sound_and_small(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = initial.shipped_policies()
+    assert len(found) >= 3
+    total = 0
+    rates = []
+    for folder in found.values():
+        policy = policy_folder.read(folder)  # its weights are those of its record
+        assert policy.data["updates"] > 0
+        assert policy.success["episodes"] >= 100
+        rates.append(policy.success["success_mean"])
+        total += sum(file.stat().st_size for file in folder.iterdir())
+    assert total < 5e6
+    assert min(rates) < 0.2
+    assert any(0.2 <= rate <= 0.5 for rate in rates)
+    assert max(rates) > 0.9
+    assert main(["policies", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in found)
+
+
 def test_shipped_policies_are_named_by_their_folder(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

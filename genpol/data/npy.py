@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -72,7 +73,7 @@ def open_map(file: Path, contents: Contents) -> Array:
         array: Array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DatasetError(f"{file}: missing; make the data set again") from None
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
         reason = " ".join(str(error).split())
         raise DatasetError(
             f"{file}: damaged, cannot be mapped ({reason}); make the data set again"

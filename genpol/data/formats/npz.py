@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class ArrayStream:
         self._row = 0
         try:
             self.shape, is_fortran, self.dtype = _READERS[np.lib.format.read_magic(stream)](stream)
-        except (KeyError, ValueError, SyntaxError):
+        except (KeyError, ValueError, SyntaxError, TokenError):
             raise DatasetError(
                 f"{place}: is no array of NumPy's; save it with numpy.savez"
             ) from None

@@ -288,3 +288,27 @@ def _column(values):
     if isinstance(values, np.ndarray) and values.ndim == 2:
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     return pa.array(values)
+
+
+@pytest.fixture
+def mcap_file(tmp_path):
+    """Return a recording of two episodes, as `genpol deploy` writes it, in units of the robot."""
+    writer = pytest.importorskip("mcap.writer")
+    path = tmp_path / "run.mcap"
+    contract = {"env": "Arm", "commands": [[-2.0, 2.0], [0.0, 1.0]], "goal_dim": 0}
+    made = writer.Writer(str(path))
+    made.start(profile="", library="test")
+    made.add_attachment(0, 0, "contract.json", "application/json", json.dumps(contract).encode())
+    schema = made.register_schema("tick", "jsonschema", b"{}")
+    channel = made.register_channel("/tick", "json", schema)
+    for tick in range(7):
+        message = {
+            "tick": tick,
+            "first": tick in (0, 4),
+            "accepted": True,
+            "observation": [0.1 * tick, 1.0, -1.0],
+            "command": [0.5 * tick - 1.5, 0.125 * tick],
+        }
+        made.add_message(channel, tick, json.dumps(message).encode(), tick)
+    made.finish()
+    return path

@@ -47,7 +47,7 @@ def no_flush(monkeypatch):
 @pytest.fixture
 def files(
     ogbench_file, d4rl_file, d4rl_arrays, robomimic_file, minari_folder, minari_episode,
-    lerobot_folder, lerobot_frames, tmp_path, steps,
+    lerobot_folder, lerobot_frames, mcap_file, tmp_path, steps,
 ):  # fmt: skip
     """Return a path of each format."""
     formats.write(OfflineDataset.from_trajectories([steps(2, 0)]), tmp_path / "native")
@@ -58,6 +58,7 @@ def files(
         "robomimic": robomimic_file,
         "minari": minari_folder([minari_episode(3, 0), minari_episode(2, 1)]),
         "lerobot": lerobot_folder(lerobot_frames),
+        "mcap": mcap_file,
     }
 
 

@@ -193,7 +193,8 @@ def bench_bars(
         axes.set_yticks(places, list(groups.index))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if groups["max"].max() >= 1000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(0, groups["max"].max() * 1.15)
         axes.set_xlabel(f"{unit} (median of the rounds, least to greatest)")
         axes.set_title(", ".join(rows["env"].unique()))

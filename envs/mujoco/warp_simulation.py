@@ -112,7 +112,6 @@ class WarpSimulation:
         }
         self._model_fields = {key: self._tensor(getattr(self._model, key)) for key in expanded}
         self._graphs: dict[Any, Any] = {}
-        self._failed = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self._host: mujoco.MjData | None = None
 
     def field(self, name: str) -> Tensor:

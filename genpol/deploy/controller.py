@@ -370,8 +370,8 @@ class Controller:
     def _tick(self, number: int, deadline: float, observed: Observed | None, start: float) -> None:
         safety, link = self._safety, self._link
         seen = self._judge(observed)
-        if link.stop_requested:
-            safety.stop(link.stop_requested)
+        if reason := link.stop_requested:
+            safety.stop(reason)
         self._reset_wanted |= link.take_reset()
         if self._reset_wanted and seen is not None:  # not before it is known where the robot stands
             self._reset(number, seen)

@@ -366,6 +366,32 @@ def test_states_that_lack_a_number_are_counted(
     assert link.statistics()["unknown joints"] == 3
 
 
+def test_a_stop_and_a_reset_come_from_the_robot_s_side(domain: int, open_link: Any) -> None:
+    link = open_link()
+    side = Side(domain, "/genpol/stop", "Bool")
+
+    def told(stop: bool) -> bool:
+        """Say it until it is heard, as the link may be discovered late."""
+        for _ in range(40):
+            side._writer.write(side.ros.Bool(data=stop))
+            assert link.read(0.05) is None  # it is no observation
+            if bool(link.stop_requested) == stop and (stop or link.take_reset()):
+                return True
+        return False
+
+    assert link.stop_requested == ""
+    for _ in range(5):
+        side._writer.write(side.ros.Bool(data=False))  # a false without a stop is nothing
+        link.read(0.02)
+    assert not link.take_reset()
+    assert told(True)
+    assert link.stop_requested == "/genpol/stop asked for it"
+    assert not link.take_reset()
+    assert told(False)
+    assert link.stop_requested == ""
+    assert not link.take_reset()  # once
+
+
 def test_a_command_nobody_listens_to_is_lost_and_nothing_else(open_link: Any) -> None:
     link = open_link()
     begin = time.monotonic()

@@ -5,7 +5,8 @@ names ``JOINT.position``, ``JOINT.velocity`` and ``JOINT.effort``; or, for whate
 sees, whole vectors in the contract's order as ``std_msgs/Float64MultiArray``. Commands are
 ``Float64MultiArray`` for forward command controllers or ``JointTrajectory`` of one point, a period
 ahead, for joint trajectory controllers. The modes hold, damp and stop are in the numbers alone.
-``std_msgs/Bool`` on ``/genpol/stop`` stops the robot with true, and lets it go on with false.
+``std_msgs/Bool`` on ``/genpol/stop`` stops the robot with true, and a false behind that lets it go
+on, also after a stop for another reason.
 
 A forward command controller goes on with the last command it was told if the controller's computer
 dies: set a command timeout on the robot's side.
@@ -134,6 +135,7 @@ class Ros2Link(Link):
     def read(self, timeout_s: float) -> Observed | None:
         """See :class:`~genpol.deploy.links.Link`."""
         deadline = time.monotonic() + timeout_s
+        self._heed_stops()
         while True:
             found = self._newest()
             left = deadline - time.monotonic()
@@ -156,10 +158,6 @@ class Ros2Link(Link):
     @property
     def stop_requested(self) -> str:
         """See :class:`~genpol.deploy.links.Link`."""
-        for message in self._stops.take(_MOST):
-            if isinstance(message, self._messages.Bool):
-                self._reset |= bool(self._stop) and not message.data
-                self._stop = f"{_STOP_TOPIC} asked for it" if message.data else ""
         return self._stop
 
     def take_reset(self) -> bool:
@@ -177,6 +175,14 @@ class Ros2Link(Link):
             if hasattr(self, name):
                 delattr(self, name)
         self._entities.clear()
+
+    def _heed_stops(self) -> None:
+        stops: list[Any] = self._stops.take(_MOST)
+        for message in stops:
+            if message.sample_info.valid_data:
+                # Only what follows a stop is a reset: a robot may say no again and again.
+                self._reset |= bool(self._stop) and not message.data
+                self._stop = f"{_STOP_TOPIC} asked for it" if message.data else ""
 
     def _newest(self) -> Observed | None:
         newest = None

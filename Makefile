@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 METAWORLD_VENV ?= .venv-metaworld
 METAWORLD_STAMP := $(METAWORLD_VENV)/.installed
+ISAACLAB_PYTHON ?= python3.12
+ISAACLAB_VENV ?= .venv-isaaclab
+ISAACLAB_STAMP := $(ISAACLAB_VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
@@ -13,7 +16,8 @@ ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=20000
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow check bench format clean metaworld test-metaworld
+.PHONY: help train test test-slow check bench format clean metaworld test-metaworld \
+	isaaclab test-isaaclab
 
 help:
 	@echo "make train [ARGS='agent=ppo total_steps=2e6']   train on HopperStand"
@@ -22,6 +26,7 @@ help:
 	@echo "make check | format                             lint and type check | format"
 	@echo "make bench [ARGS='num_envs=1024']               measure the throughput"
 	@echo "make metaworld | test-metaworld                 set up .venv-metaworld for Meta-World | test it"
+	@echo "make isaaclab | test-isaaclab                   set up .venv-isaaclab for Isaac Lab | test it"
 	@echo "make clean                                      remove .venv* and caches, keep runs/"
 	@echo "PYTHON=python3.12 make test                     with another interpreter"
 
@@ -46,6 +51,27 @@ metaworld: $(METAWORLD_STAMP)
 test-metaworld: $(METAWORLD_STAMP)
 	$(TEST_ENV) $(METAWORLD_VENV)/bin/python -m pytest -m metaworld $(ARGS)
 
+# Isaac Lab needs Python 3.12 and pins PyTorch. Without OMNI_KIT_ACCEPT_EULA it asks.
+$(ISAACLAB_STAMP): pyproject.toml constraints.txt constraints-isaaclab.txt
+	@$(ISAACLAB_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { \
+		echo "Isaac Lab needs Python 3.12, and '$(ISAACLAB_PYTHON)' is not one. Install it" \
+		"(Debian: apt install python3.12-venv; else: pyenv install 3.12 && pyenv global 3.11 3.12)" \
+		"or name it: make isaaclab ISAACLAB_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(ISAACLAB_PYTHON) -m venv $(ISAACLAB_VENV)
+	awk -F== 'NR == FNR { own[$$1]; print; next } !($$1 in own)' \
+		constraints-isaaclab.txt constraints.txt > $(ISAACLAB_VENV)/constraints.txt
+	$(ISAACLAB_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(ISAACLAB_VENV)/constraints.txt -e '.[isaaclab,dev]' || { \
+		echo "Isaac Lab could not be installed; with an index of CPU builds of PyTorch:" \
+		"PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make isaaclab" >&2; exit 1; }
+	touch $@
+
+isaaclab: $(ISAACLAB_STAMP)
+	@echo "Isaac Lab is in $(ISAACLAB_VENV): $(ISAACLAB_VENV)/bin/genpol train env=isaaclab ..."
+
+test-isaaclab: $(ISAACLAB_STAMP)
+	$(TEST_ENV) $(ISAACLAB_VENV)/bin/python -m pytest -m isaaclab $(ARGS)
+
 train: $(STAMP)
 	$(BIN)/genpol train env=HopperStand $(ARGS)
 
@@ -68,5 +94,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(METAWORLD_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	rm -rf $(VENV) $(METAWORLD_VENV) $(ISAACLAB_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -194,6 +194,7 @@ class GoRL(Agent):
                 encoder.copy_critics(self.policy.encoder)
             else:
                 encoder.normalizer.update(data["observation"], mask=~data["diverged"].squeeze(-1))
+                encoder.copy_critic_statistics(self.policy.encoder)
         self.policy.encoder = encoder
         self._skipped += self.learner.skipped
         learner = self._make_learner(encoder)
@@ -210,6 +211,7 @@ class GoRL(Agent):
             generator=self.generator,
             init=init,
             num_values=self.settings.num_values(specs),
+            critic_observation_dim=specs.critic_observation_dim,
         )
         return encoder.to(self.device)
 

@@ -31,7 +31,6 @@ from genpol.errors import ConfigError
 from genpol.nn.normalizer import RunningNormalizer
 from genpol.on_policy import DenoisingAgent, DenoisingPolicy, Rows
 from genpol.on_policy.chain_likelihood import ChainLikelihood
-from genpol.on_policy.likelihood import gaussian_kl
 from genpol.on_policy.pretrained import (
     PretrainedActions,
     PretrainedPolicyHead,
@@ -40,6 +39,7 @@ from genpol.on_policy.pretrained import (
 )
 from genpol.policies.chain import Chain, ChainSettings
 from genpol.policies.flow import FlowPolicy
+from genpol.policies.gaussian import gaussian_kl
 from genpol.policies.noisy_flow import NoisyFlow
 from genpol.pretrained import PolicyHolder, PretrainedPolicy
 

@@ -1,4 +1,4 @@
-"""Simulators: native batched MuJoCo tasks, OGBench, Meta-World, any of gymnasium or dm_control.
+"""Simulators: native batched MuJoCo tasks, OGBench, Meta-World, Isaac Lab, gymnasium, dm_control.
 
 Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]``: actions in
 ``[-1, 1]``, one ``observation`` vector, ``terminated`` apart from ``truncated``, and ``diverged``
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from genpol.envs.mujoco.names import NAMES
 from genpol.envs.settings import (
     DMControlSettings,
     GymSettings,
+    IsaacLabSettings,
     MetaWorldSettings,
     MujocoSettings,
     MultiTaskSettings,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DMControlSettings",
     "GymSettings",
+    "IsaacLabSettings",
     "MetaWorldSettings",
     "MujocoSettings",
     "MultiTaskSettings",
@@ -64,6 +67,7 @@ def settings_classes() -> dict[str, type]:
         "dm_control": DMControlSettings,
         "ogbench": OGBenchSettings,
         "metaworld": MetaWorldSettings,
+        "isaaclab": IsaacLabSettings,
     }
 
 
@@ -159,7 +163,32 @@ def make(
             from genpol.envs.metaworld import make_metaworld
 
             return make_metaworld(settings, num_envs, device, seed, stagger=training)
+        case IsaacLabSettings():
+            return _make_isaaclab(settings, num_envs, device, seed, training=training)
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
+
+
+def _make_isaaclab(
+    settings: IsaacLabSettings,
+    num_envs: int,
+    device: torch.device | str,
+    seed: int,
+    *,
+    training: bool,
+) -> EnvBase:
+    """Make the environments to learn in here, others in a process of their own.
+
+    A process can simulate one scene of Isaac Lab only.
+    """
+    from genpol.envs.isaaclab.env import IsaacLabEnv
+    from genpol.envs.isaaclab.simulation import require_isaaclab
+    from genpol.envs.isaaclab.worker import WorkerEnv
+
+    if training:
+        return IsaacLabEnv(settings, num_envs=num_envs, device=device, seed=seed, stagger=True)
+    require_isaaclab()
+    create = partial(IsaacLabEnv, settings, num_envs=num_envs, device=device, seed=seed)
+    return WorkerEnv(create, name=label(settings), num_envs=num_envs, device=device, seed=seed)
 
 
 def open_data(

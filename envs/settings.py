@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from genpol.envs.mujoco.names import NAMES
 from genpol.errors import ConfigError, nearest
-from genpol.settings import at_least, one_of, within
+from genpol.settings import at_least, one_of, positive, within
 
 OGBENCH_NAMES = (
     *("cube-single", "cube-double", "cube-triple", "cube-quadruple", "cube-octuple"),
@@ -204,6 +204,26 @@ class MetaWorldSettings(HistorySettings):
         one_of("env.reward", self.reward, METAWORLD_REWARDS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class IsaacLabSettings(HistorySettings):
+    """A task of Isaac Lab, without Isaac Sim, simulated on the run's device."""
+
+    batched: ClassVar[bool] = True
+
+    task: str = "cartpole"
+    """cartpole, hopper or quadruped, which need no download, or any that Isaac Lab registers:
+    Isaac-Velocity-Flat-G1, ..."""
+    action_bound: float = 1.0
+    """What an action of 1 is to the task, whose own actions have no bounds."""
+    overrides: list[str] = field(default_factory=list)
+    """Presets and values for the task's own configuration, in Isaac Lab's words:
+    [physics=newton_mjwarp, env.episode_length_s=10]."""
+
+    def __post_init__(self) -> None:
+        _not_empty("env.task", self.task)
+        positive("env.action_bound", self.action_bound)
+
+
 Settings = (
     MujocoSettings
     | MultiTaskSettings
@@ -211,6 +231,7 @@ Settings = (
     | DMControlSettings
     | OGBenchSettings
     | MetaWorldSettings
+    | IsaacLabSettings
 )
 
 
@@ -231,6 +252,8 @@ def label(settings: Settings) -> str:
             return f"{settings.name}-play{goal}{task}"
         case MetaWorldSettings():
             return settings.name + ("-dense" if settings.reward == "dense" else "")
+        case IsaacLabSettings():
+            return f"isaaclab-{settings.task.rpartition(':')[2]}"
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
 
 

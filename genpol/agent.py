@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +38,8 @@ class Specs:
 
     Attributes:
         observation_dim: Width of the observation.
+        critic_observation_dim: Width of what critics may see in the actor's place, which comes
+            under `critic_observation`; 0 where they see the same.
         action_dim: Width of the action.
         num_envs: Environments that are stepped together.
         num_rewards: Terms of the reward.
@@ -58,6 +60,7 @@ class Specs:
     num_envs: int
     action_repeat: int = 1
     num_rewards: int = 1
+    critic_observation_dim: int = 0
     goal_dim: int = 0
     group_size: int = 1
     group_steps: int = 0
@@ -78,8 +81,10 @@ class Specs:
     def from_env(cls, env: EnvBase, *, num_envs: int) -> Specs:
         """Read the sizes from one environment of which ``num_envs`` will be stepped."""
         goal = env.observation_spec.get("goal", None)
+        privileged = env.observation_spec.get("critic_observation", None)
         return cls(
             observation_dim=env.observation_spec["observation"].shape[-1],
+            critic_observation_dim=0 if privileged is None else privileged.shape[-1],
             goal_dim=0 if goal is None else goal.shape[-1],
             action_dim=env.action_spec.shape[-1],
             num_envs=num_envs,
@@ -157,11 +162,15 @@ class Agent(nn.Module, ABC):
         """
         return
 
-    def adopt(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    def adopt(self, weights: Mapping[str, Any], tasks: Sequence[str] = ()) -> Mapping[str, Any]:
         """Return weights of another run of this agent, with which ``init=`` lets it begin.
 
         Those of most agents are as they must be. Others have to be fitted, or call for another
         beginning than that of a run from nothing.
+
+        Args:
+            weights: Of the other run.
+            tasks: Its tasks, in the order of their numbers; empty where it had but one.
         """
         return weights
 

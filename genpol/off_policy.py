@@ -34,7 +34,12 @@ from genpol.objectives.actor_critic import (
     soft_bellman_target,
     temperature_loss,
 )
-from genpol.policies.squashed import SquashedGaussianPolicy, SquashedSample
+from genpol.policies.gaussian import gaussian_kl
+from genpol.policies.squashed import (
+    SquashedGaussianPolicy,
+    SquashedSample,
+    squashed_log_prob,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,9 @@ class OffPolicySettings:
     """Gradients of actor and critics are each clipped to this global norm."""
     actor_hidden: list[int] = field(default_factory=lambda: [256, 256])
     """Widths of the actor's hidden layers."""
+    actor_gain: float = 1.0
+    """Factor on the initial weights of the actor's last layer; with a small one it begins in the
+    middle of its actions, whatever the scale of observations."""
     critic_hidden: list[int] = field(default_factory=lambda: [256, 256])
     """Widths of the critics' hidden layers."""
     reward_scale: float = 1.0
@@ -85,7 +93,7 @@ class OffPolicySettings:
         for name in (
             *("rollout_steps", "updates_per_step", "batch_size", "replay_capacity"),
             *("learning_rate", "critic_learning_rate", "temperature_learning_rate"),
-            *("max_grad_norm", "reward_scale", "polyak"),
+            *("max_grad_norm", "reward_scale", "polyak", "actor_gain"),
         ):
             check.positive(f"agent.{name}", getattr(self, name))
         for name in ("warmup_steps", "temperature"):
@@ -108,11 +116,13 @@ class Proximity:
         kl_coefficient: ``c``; ``None`` takes the temperature, which is SAC.
         tsallis_index: ``q`` of entropy and divergence.
         reference_period: Environment steps between two copies of the actor.
+        divergence: ``exact``, the KL divergence in closed form, or ``sampled``.
     """
 
     kl_coefficient: float | None = None
     tsallis_index: float = 1.0
     reference_period: int = 1000
+    divergence: str = "exact"
 
 
 class ReplayPolicy(TensorDictModuleBase):
@@ -183,7 +193,11 @@ class SoftActorCritic(ReplayAgent):
         self.gradient_steps = 0
         self.generator = torch.Generator(device).manual_seed(seed)
         actor = SquashedGaussianPolicy(
-            specs.observation_dim, specs.action_dim, settings.actor_hidden, generator=self.generator
+            specs.observation_dim,
+            specs.action_dim,
+            settings.actor_hidden,
+            output_gain=settings.actor_gain,
+            generator=self.generator,
         )
         self.policy = ReplayPolicy(actor.to(device), generator=self.generator)
         self.critics = self._make_critics(2, specs.observation_dim + specs.action_dim).to(device)
@@ -245,10 +259,13 @@ class SoftActorCritic(ReplayAgent):
 
     @property
     def kl_coefficient(self) -> Tensor:
-        """``c``, never below the temperature: the old policy would repel."""
-        if self.proximity.kl_coefficient is None:
+        """``c``, which keeps its ratio to a temperature that is learned."""
+        coefficient = self.proximity.kl_coefficient
+        if coefficient is None:
             return self.temperature
-        return self.temperature.clamp_min(self.proximity.kl_coefficient)
+        if self.settings.learn_temperature:
+            return self.temperature * (coefficient / self.settings.temperature)
+        return torch.full_like(self.temperature, coefficient)
 
     def observe(self, rollout: TensorDict) -> int:
         """Take note of new steps; return the updates they call for."""
@@ -292,7 +309,11 @@ class SoftActorCritic(ReplayAgent):
         values = self._q(self.critics, observation, drawn.action)
         # The released code follows the first critic; its minimum only enters the value's target.
         value = values[0] if self.settings.critic == "v" else values.min(0).values
-        old_log_prob = self.reference.log_prob(observation, drawn.pre_squash)
+        old_mean, old_scale = self.reference(observation)
+        old_log_prob = squashed_log_prob(old_mean, old_scale, drawn.pre_squash)
+        # The squash is common to both and does not count.
+        divergence = gaussian_kl(drawn.mean, drawn.scale, old_mean, old_scale)
+        exact = index == 1.0 and self.proximity.divergence == "exact"
         loss = mdpo_actor_loss(
             drawn.log_prob,
             old_log_prob,
@@ -300,6 +321,7 @@ class SoftActorCritic(ReplayAgent):
             kl_coefficient=self.kl_coefficient,
             temperature=self.temperature,
             tsallis_index=index,
+            divergence=divergence if exact else None,
         )
         self._optimizers["actor"].step(loss)
         self.critics.requires_grad_(True)
@@ -307,7 +329,7 @@ class SoftActorCritic(ReplayAgent):
         metrics = {
             "loss/policy": loss.detach(),
             "policy/entropy": -term.mean(),
-            "policy/reference_kl": (drawn.log_prob - old_log_prob).detach().sum(-1).mean(),
+            "policy/reference_kl": divergence.detach().mean(),
             "policy/temperature": self.temperature,
         }
         if self.settings.learn_temperature:

@@ -29,6 +29,7 @@ _SIMULATORS = {
     "multitask": "native",
     "ogbench": "OGBench",
     "metaworld": "Meta-World",
+    "isaaclab": "Isaac Lab",
     "gym": "others",
     "dm_control": "others",
 }

@@ -25,12 +25,16 @@ def mdpo_actor_loss(
     kl_coefficient: float | Tensor,
     temperature: float | Tensor,
     tsallis_index: float = 1.0,
+    divergence: Tensor | None = None,
 ) -> Tensor:
     """Return ``mean [c log_q pi + q (lambda - c) log_q pi_old - Q]``.
 
     Off-policy MDPO (arXiv 2005.09814, section 4.2 and released code), with the action
     reparameterised in all three terms. At ``c = lambda`` the old policy drops out and it is SAC's
     loss; ``lambda = 0`` is the mirror step without an entropy bonus.
+
+    At ``q = 1`` that is ``lambda log pi + (c - lambda) KL(pi || pi_old) - Q`` in expectation; given
+    the KL divergence in closed form, it is taken from there, without the noise of one draw.
 
     Args:
         log_prob: Log-densities under the policy that is trained ``[B, A]``.
@@ -39,7 +43,12 @@ def mdpo_actor_loss(
         kl_coefficient: ``c``, the inverse of the mirror step size; at least ``temperature``.
         temperature: ``lambda``, weight of the entropy.
         tsallis_index: ``q`` in [1, 2]; 1 is Shannon's entropy and the KL divergence.
+        divergence: ``KL(pi || pi_old)`` in closed form ``[B]``, at ``q = 1`` only; ``None`` takes
+            it from the draw, as released.
     """
+    if divergence is not None:
+        entropy = entropy_term(log_prob)
+        return (temperature * entropy + (kl_coefficient - temperature) * divergence - value).mean()
     new, old = entropy_term(log_prob, tsallis_index), entropy_term(old_log_prob, tsallis_index)
     repulsion = tsallis_index * (temperature - kl_coefficient)
     return (kl_coefficient * new + repulsion * old - value).mean()

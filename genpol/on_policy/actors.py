@@ -9,7 +9,7 @@ likelihood ratio is concerned, so no Jacobian appears and no gradient reaches th
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -34,8 +34,12 @@ class Decoder(Protocol):
 class ActorCritic(nn.Module):
     """What is trained on-policy: an actor and its critics behind one observation normaliser.
 
+    Critics that see more than a robot can measure (``critic_observation``, as of many tasks of
+    Isaac Lab) have a normaliser of their own.
+
     Attributes:
         actor: Owns the normaliser, which the critics share.
+        critic_key: Under which a step holds what the critics see.
         critic: Scaled values, one for each reward that is learned apart.
         median_critic: Soft medians of the scaled returns, for surrogates that want them.
         learns_statistics: Whether the normaliser takes in what is collected.
@@ -46,6 +50,7 @@ class ActorCritic(nn.Module):
         settings: Network sizes.
         generator: Source of the critics' initial weights.
         num_values: Values K of the critic.
+        critic_observation_dim: Size of what the critics see, if it is not the observation.
     """
 
     def __init__(
@@ -56,21 +61,26 @@ class ActorCritic(nn.Module):
         *,
         generator: torch.Generator,
         num_values: int = 1,
+        critic_observation_dim: int = 0,
     ) -> None:
         super().__init__()
         self.actor = actor
         self.learns_statistics = True
-        self.actor.normalizer = RunningNormalizer(
-            observation_dim, merge="exact" if settings.normalizer == "exact" else "released"
+        merge: Literal["exact", "released"] = (
+            "exact" if settings.normalizer == "exact" else "released"
         )
+        self.actor.normalizer = RunningNormalizer(observation_dim, merge=merge)
+        self.critic_key = "critic_observation" if critic_observation_dim > 0 else "observation"
+        self.critic_normalizer: RunningNormalizer | None = None
+        if critic_observation_dim > 0:
+            self.critic_normalizer = RunningNormalizer(critic_observation_dim, merge=merge)
+        width = critic_observation_dim or observation_dim
         # A random critic would drown sparse rewards in its own error for a million steps.
         sizes = settings.critic_hidden
-        self.critic = MLP(observation_dim, num_values, sizes, output_gain=0.0, generator=generator)
+        self.critic = MLP(width, num_values, sizes, output_gain=0.0, generator=generator)
         self.median_critic = None
         if settings.median_temperature is not None:
-            self.median_critic = MLP(
-                observation_dim, 1, sizes, output_gain=0.0, generator=generator
-            )
+            self.median_critic = MLP(width, 1, sizes, output_gain=0.0, generator=generator)
 
     @property
     def normalizer(self) -> RunningNormalizer:
@@ -79,9 +89,23 @@ class ActorCritic(nn.Module):
         assert isinstance(normalizer, RunningNormalizer)
         return normalizer
 
+    def critic_view(self, observation: Tensor) -> Tensor:
+        """Normalise what a step holds under ``critic_key``, ``[..., d]``."""
+        normalizer = self.critic_normalizer or self.normalizer
+        seen: Tensor = normalizer(observation)
+        return seen
+
+    def update_statistics(self, steps: TensorDictBase) -> None:
+        """Take steps into the normalisers, where these learn."""
+        if not self.learns_statistics:
+            return
+        self.normalizer.update(steps["observation"])
+        if self.critic_normalizer is not None:
+            self.critic_normalizer.update(steps[self.critic_key])
+
     def value(self, observation: Tensor) -> Tensor:
-        """Return scaled values ``[..., K]`` at raw observations ``[..., d]``."""
-        values: Tensor = self.critic(self.normalizer(observation))
+        """Return scaled values ``[..., K]`` at what critics see, raw, ``[..., d]``."""
+        values: Tensor = self.critic(self.critic_view(observation))
         return values
 
     def values_at_normalized(self, observation: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -97,6 +121,12 @@ class ActorCritic(nn.Module):
         if self.median_critic is not None and other.median_critic is not None:
             self.median_critic.load_state_dict(other.median_critic.state_dict())
         self.normalizer.load_state_dict(other.normalizer.state_dict())
+        self.copy_critic_statistics(other)
+
+    def copy_critic_statistics(self, other: ActorCritic) -> None:
+        """Take over the statistics that are the critics' own, if they have any."""
+        if self.critic_normalizer is not None and other.critic_normalizer is not None:
+            self.critic_normalizer.load_state_dict(other.critic_normalizer.state_dict())
 
 
 class Encoder(ActorCritic):
@@ -109,6 +139,7 @@ class Encoder(ActorCritic):
         generator: Source of the initial weights.
         init: ``gaussian`` or ``fresh``; see :class:`~genpol.on_policy.GaussianSettings`.
         num_values: Values K of the critic.
+        critic_observation_dim: Size of what the critics see, if it is not the observation.
     """
 
     actor: GaussianPolicy
@@ -122,6 +153,7 @@ class Encoder(ActorCritic):
         generator: torch.Generator,
         init: str,
         num_values: int = 1,
+        critic_observation_dim: int = 0,
     ) -> None:
         actor = GaussianPolicy(
             observation_dim,
@@ -134,7 +166,12 @@ class Encoder(ActorCritic):
         if init == "gaussian":
             actor.reset_to_prior()
         super().__init__(
-            actor, observation_dim, settings, generator=generator, num_values=num_values
+            actor,
+            observation_dim,
+            settings,
+            generator=generator,
+            num_values=num_values,
+            critic_observation_dim=critic_observation_dim,
         )
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:

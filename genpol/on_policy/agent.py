@@ -104,6 +104,7 @@ class GaussianAgent(OnPolicyAgent):
             generator=generator,
             init=settings.encoder_init,
             num_values=settings.num_values(specs),
+            critic_observation_dim=specs.critic_observation_dim,
         ).to(device)
         super().__init__(
             settings,

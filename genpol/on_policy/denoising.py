@@ -135,6 +135,7 @@ class DenoisingAgent(OnPolicyAgent):
             settings,
             generator=generator,
             num_values=settings.num_values(specs),
+            critic_observation_dim=specs.critic_observation_dim,
         ).to(generator.device)
         super().__init__(
             settings,

@@ -97,8 +97,7 @@ class OnPolicyLearner:
             metrics |= self._correct_previous(self._pipo, rollout, returns)
         metrics |= self._optimise(rollout)
         self._likelihood.end_rollout()
-        if self.actor_critic.learns_statistics:
-            self.actor_critic.normalizer.update(batch["observation"])
+        self.actor_critic.update_statistics(batch)
         metrics["policy/learning_rate"] = torch.tensor(self._actor_optimizer.learning_rate)
         metrics["skipped_updates"] = torch.tensor(float(self.skipped))
         return metrics
@@ -108,16 +107,19 @@ class OnPolicyLearner:
         """Return the rollout as rows, returns of its episodes, and what it says of the critic."""
         after = batch["next"]
         observation = self.actor_critic.normalizer(batch["observation"])
-        value, _ = self.actor_critic.values_at_normalized(observation)
+        key = self.actor_critic.critic_key
+        judged = observation if key == "observation" else self.actor_critic.critic_view(batch[key])
+        value, _ = self.actor_critic.values_at_normalized(judged)
         # The next step's value is at hand except where an episode or the rollout ends.
         next_value = torch.cat([value[:, 1:], value[:, -1:]], dim=1)
         ends = after["done"].squeeze(-1).clone()
         ends[:, -1] = True
-        next_value[ends] = self.actor_critic.value(after["observation"][ends])
+        next_value[ends] = self.actor_critic.value(after[key][ends])
         worth = self._credit(batch, value, next_value)
         kept = self._likelihood.keep(batch, observation)
         kept |= {
             "observation": observation,
+            key: judged,
             "advantage": worth.advantage,
             "target": worth.target,
         }
@@ -188,7 +190,7 @@ class OnPolicyLearner:
 
     def _step(self, rows: Rows, learn_actor: bool = True) -> dict[str, Tensor]:
         """Take one step of the actor, those of the critics on its rows, and return metrics."""
-        values = self.actor_critic.values_at_normalized(rows["observation"])
+        values = self.actor_critic.values_at_normalized(rows[self.actor_critic.critic_key])
         loss, metrics = self._actor_loss(rows, *values)
         losses = [(self._actor_optimizer, loss)] if learn_actor else []
         learn_critic = self.settings.advantage != "group"
@@ -209,7 +211,7 @@ class OnPolicyLearner:
     def _critic_steps(self, rows: Rows, number: int) -> dict[str, Tensor]:
         """Take so many steps of the critics on pieces of the rows; return the last metrics."""
         metrics: dict[str, Tensor] = {}
-        observations = rows["observation"].tensor_split(number)
+        observations = rows[self.actor_critic.critic_key].tensor_split(number)
         targets = rows["target"].tensor_split(number)
         for observation, target in zip(observations, targets, strict=True):
             values = self.actor_critic.values_at_normalized(observation)

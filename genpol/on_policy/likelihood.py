@@ -16,7 +16,7 @@ from genpol.nn.optimizer import GuardedOptimizer
 from genpol.objectives.regularisers import ridge, standard_normal_kl, tanh_entropy_correction
 from genpol.on_policy.masks import CurvatureMask
 from genpol.on_policy.settings import GaussianSettings
-from genpol.policies.gaussian import GaussianPolicy, entropy, log_prob
+from genpol.policies.gaussian import GaussianPolicy, entropy, gaussian_kl, log_prob
 
 Rows = Mapping[str, Tensor]
 """Tensors ``[B, ...]`` of one minibatch, by name."""
@@ -176,13 +176,3 @@ class LatentLikelihood(Likelihood):
             bonus = bonus + tanh_entropy_correction(gain * (mean + scale * noise))[0]
             bonus = bonus + mean.shape[-1] * math.log(gain)
         return bonus
-
-
-def gaussian_kl(mean: Tensor, scale: Tensor, old_mean: Tensor, old_scale: Tensor) -> Tensor:
-    """Return ``KL(N(mean, scale^2) || N(old_mean, old_scale^2))`` summed over the last dimension.
-
-    ``log(s_old / s) + (s^2 + (m - m_old)^2) / (2 s_old^2) - 1/2`` per dimension: new against old,
-    the direction of mirror descent (arXiv 2005.09814), opposite to TRPO's.
-    """
-    spread = (scale.square() + (mean - old_mean).square()) / (2 * old_scale.square())
-    return (old_scale.log() - scale.log() + spread - 0.5).sum(-1)

@@ -142,9 +142,15 @@ class ExploringEncoder(Encoder):
         settings: GaussianSettings,
         *,
         generator: torch.Generator,
+        critic_observation_dim: int = 0,
     ) -> None:
         super().__init__(
-            observation_dim, latent_dim, settings, generator=generator, init=settings.encoder_init
+            observation_dim,
+            latent_dim,
+            settings,
+            generator=generator,
+            init=settings.encoder_init,
+            critic_observation_dim=critic_observation_dim,
         )
         self.explorer = copy.deepcopy(self.actor).requires_grad_(False)
         self.explorer.normalizer = self.normalizer
@@ -260,7 +266,8 @@ class PolicyGradientLearner(OnPolicyLearner):
         losses: list[Tensor] = []
         for _ in range(self.settings.epochs):
             for rows in self._minibatches(rollout):
-                values = self.actor_critic.values_at_normalized(rows["observation"])
+                seen = rows[self.actor_critic.critic_key]
+                values = self.actor_critic.values_at_normalized(seen)
                 loss, metrics = self._critic_loss(*values, rows["target"])
                 self._critic_optimizer.step(loss)
                 losses.append(metrics["loss/value"])
@@ -305,7 +312,11 @@ class PolicyGradientAgent(Agent):
         self.frames_per_batch = settings.frames_per_batch(specs)
         self.generator = torch.Generator(device).manual_seed(seed)
         encoder = ExploringEncoder(
-            specs.observation_dim, specs.action_dim, settings.shared(), generator=self.generator
+            specs.observation_dim,
+            specs.action_dim,
+            settings.shared(),
+            generator=self.generator,
+            critic_observation_dim=specs.critic_observation_dim,
         ).to(device)
         self.policy = DecodedPolicy(encoder, IdentityDecoder(), generator=self.generator)
         self.learner = PolicyGradientLearner(

@@ -171,3 +171,13 @@ def log_prob(mean: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 def entropy(mean: Tensor, scale: Tensor) -> Tensor:
     """Return the differential entropy of ``N(mean, diag(scale)^2)`` over the last dimension."""
     return (scale.log() + 0.5 + 0.5 * math.log(2 * math.pi)).expand_as(mean).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, scale: Tensor, old_mean: Tensor, old_scale: Tensor) -> Tensor:
+    """Return ``KL(N(mean, scale^2) || N(old_mean, old_scale^2))`` summed over the last dimension.
+
+    ``log(s_old / s) + (s^2 + (m - m_old)^2) / (2 s_old^2) - 1/2`` per dimension: new against old,
+    the direction of mirror descent (arXiv 2005.09814), opposite to TRPO's.
+    """
+    spread = (scale.square() + (mean - old_mean).square()) / (2 * old_scale.square())
+    return (old_scale.log() - scale.log() + spread - 0.5).sum(-1)

@@ -22,11 +22,15 @@ class SquashedSample:
         pre_squash: Draw of the Gaussian ``[..., A]``; densities are evaluated here and not by
             inverting the tanh, which diverges near the bounds.
         log_prob: Log-density of every dimension of the action ``[..., A]``.
+        mean: Of the Gaussian before the squash ``[..., A]``.
+        scale: Its standard deviation ``[..., A]``.
     """
 
     action: Tensor
     pre_squash: Tensor
     log_prob: Tensor
+    mean: Tensor
+    scale: Tensor
 
 
 class SquashedGaussianPolicy(nn.Module):
@@ -41,6 +45,7 @@ class SquashedGaussianPolicy(nn.Module):
         hidden: Widths of the hidden layers.
         activation: See :class:`~genpol.nn.mlp.MLP`.
         log_scale_bounds: Least and greatest logarithm of the standard deviation before the tanh.
+        output_gain: Of the initial weights of the last layer.
         generator: Source of the initial weights.
     """
 
@@ -52,13 +57,19 @@ class SquashedGaussianPolicy(nn.Module):
         *,
         activation: str = "relu",
         log_scale_bounds: tuple[float, float] = (-5.0, 2.0),
+        output_gain: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.action_dim = action_dim
         self.log_scale_bounds = log_scale_bounds
         self.net = MLP(
-            observation_dim, 2 * action_dim, hidden, activation=activation, generator=generator
+            observation_dim,
+            2 * action_dim,
+            hidden,
+            activation=activation,
+            output_gain=output_gain,
+            generator=generator,
         )
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +92,8 @@ class SquashedGaussianPolicy(nn.Module):
         """Return a draw with its densities, differentiable in the weights."""
         mean, scale = self(observation)
         pre_squash = mean + scale * noise
-        return SquashedSample(
-            torch.tanh(pre_squash), pre_squash, squashed_log_prob(mean, scale, pre_squash)
-        )
+        log_prob = squashed_log_prob(mean, scale, pre_squash)
+        return SquashedSample(torch.tanh(pre_squash), pre_squash, log_prob, mean, scale)
 
     def log_prob(self, observation: Tensor, pre_squash: Tensor) -> Tensor:
         """Return the log-density of every dimension of ``tanh(pre_squash)``, ``[..., A]``."""

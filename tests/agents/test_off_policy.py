@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -173,8 +174,19 @@ def test_a_coefficient_below_the_temperature_is_refused():
         make("mdpo_off_policy", kl_coefficient=0.1)
 
 
-def test_a_learned_temperature_lifts_the_coefficient():
-    agent = make("mdpo_off_policy", learn_temperature=True, kl_coefficient=0.5)
+def test_the_coefficient_keeps_its_ratio_to_a_learned_temperature():
+    agent = make("mdpo_off_policy", learn_temperature=True, temperature=0.2, kl_coefficient=0.5)
     with torch.no_grad():
-        agent.log_temperature.fill_(0.0)
-    assert agent.kl_coefficient == 1.0
+        agent.log_temperature.fill_(math.log(0.02))
+    torch.testing.assert_close(agent.kl_coefficient, torch.tensor(0.05))
+
+
+def test_the_coefficient_stays_where_the_temperature_does():
+    agent = make("mdpo_off_policy", temperature=0.0, kl_coefficient=0.5)
+    assert agent.kl_coefficient == 0.5
+
+
+def test_with_a_small_gain_the_actor_begins_in_the_middle():
+    far = 50.0 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    assert make("mdpo_off_policy").actor.mode(far).abs().mean() > 0.8
+    assert make("mdpo_off_policy", actor_gain=1e-3).actor.mode(far).abs().max() < 0.3

@@ -68,13 +68,20 @@ def prescribe(agent, *, density, old_density=1.0):
 
     def draw(observation, noise):
         nothing = 0 * agent.actor(observation)[0]
-        return SquashedSample(nothing, nothing, nothing + math.log(density))
+        scale = nothing + scale_of(density)
+        return SquashedSample(nothing, nothing, nothing + math.log(density), nothing, scale)
 
-    def old_log_prob(observation, pre_squash):
-        return torch.full_like(pre_squash, math.log(old_density))
+    def old_gaussian(observation):
+        nothing = torch.zeros(len(observation), ACTION)
+        return nothing, nothing + scale_of(old_density)
 
     agent.actor.draw = draw
-    agent.reference.log_prob = old_log_prob
+    agent.reference.forward = old_gaussian
+
+
+def scale_of(density):
+    """Return the deviation of a Gaussian with this density in its middle."""
+    return 1.0 / (density * math.sqrt(2.0 * math.pi))
 
 
 def constant_agent(name="mdpo_off_policy", *, density=1.0, old_density=1.0, **settings):
@@ -148,11 +155,24 @@ def test_the_actor_weighs_entropy_divergence_and_the_least_value(index, entropy,
         temperature=0.25,
         kl_coefficient=0.75,
         tsallis_index=index,
+        divergence="sampled",
         density=3.0,
         old_density=2.0,
     )
     metrics = agent.update(transitions([2.0], [False]))
     expected = 0.75 * entropy + (0.25 - 0.75) * divergence - 3.0
+    assert metrics["loss/policy"].item() == pytest.approx(expected)
+
+
+def test_the_divergence_to_the_old_policy_is_that_of_gaussians():
+    # lambda log pi + (c - lambda) KL - min Q; scales are to each other as 2 to 3.
+    agent = constant_agent(
+        **FIXED, temperature=0.25, kl_coefficient=0.75, density=3.0, old_density=2.0
+    )
+    metrics = agent.update(transitions([2.0], [False]))
+    divergence = 2 * (math.log(3 / 2) + (2 / 3) ** 2 / 2 - 0.5)
+    assert metrics["policy/reference_kl"].item() == pytest.approx(divergence)
+    expected = 0.25 * 2 * math.log(3.0) + 0.5 * divergence - 3.0
     assert metrics["loss/policy"].item() == pytest.approx(expected)
 
 

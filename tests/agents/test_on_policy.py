@@ -17,10 +17,9 @@ from genpol.agents.ppo import Settings as PPOSettings
 from genpol.errors import ConfigError
 from genpol.objectives.surrogates import ppo_clip
 from genpol.on_policy import DecodedPolicy, Encoder, gaussian_learner
-from genpol.on_policy.likelihood import gaussian_kl
 from genpol.on_policy.surrogate_settings import BPOSettings, MDPOSettings
 from genpol.on_policy.surrogates import SURROGATES
-from genpol.policies.gaussian import log_prob
+from genpol.policies.gaussian import gaussian_kl, log_prob
 from genpol.policies.latent import IdentityDecoder
 
 SPECS = Specs(observation_dim=3, action_dim=2, num_envs=8)

@@ -17,6 +17,7 @@ from genpol.envs.settings import METAWORLD_NAMES, OGBENCH_NAMES
 ARGUMENTS = {
     "gym": ["env.id=Pendulum-v1"],
     "dm_control": ["env.domain=cartpole", "env.task=swingup"],
+    "isaaclab": ["env.task=quadruped"],
 }
 # One of Meta-World's stands for all: composing takes a second, and the files are alike.
 COMPOSED = [name for name in names("env") if name not in METAWORLD_NAMES[1:]]

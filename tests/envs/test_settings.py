@@ -54,7 +54,15 @@ def test_labels(settings: envs.Settings, label: str) -> None:
 
 def test_every_family_has_settings_with_defaults() -> None:
     classes = envs.settings_classes()
-    assert list(classes) == ["mujoco", "multitask", "gym", "dm_control", "ogbench", "metaworld"]
+    assert list(classes) == [
+        "mujoco",
+        "multitask",
+        "gym",
+        "dm_control",
+        "ogbench",
+        "metaworld",
+        "isaaclab",
+    ]
     for settings_class in classes.values():
         assert dataclasses.is_dataclass(settings_class())
 

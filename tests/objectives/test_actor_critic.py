@@ -12,7 +12,8 @@ from genpol.objectives.actor_critic import (
     soft_bellman_target,
     temperature_loss,
 )
-from genpol.policies.gaussian import log_prob
+from genpol.policies.gaussian import gaussian_kl, log_prob
+from genpol.policies.squashed import squashed_log_prob
 
 float64 = {"dtype": torch.float64}
 
@@ -100,6 +101,21 @@ def test_below_the_divergence_pulls_towards_the_old_policy():
     near = mdpo_actor_loss(new, new, value, kl_coefficient=1.0, temperature=0.2)
     far = mdpo_actor_loss(new, new - 2.0, value, kl_coefficient=1.0, temperature=0.2)
     assert far > near
+
+
+def test_the_closed_form_divergence_is_what_draws_have_on_average():
+    draw = torch.Generator().manual_seed(0)
+    mean, scale = torch.tensor([0.3, -0.2], **float64), torch.tensor([0.4, 0.7], **float64)
+    old_mean, old_scale = torch.zeros(2, **float64), torch.tensor([0.5, 0.6], **float64)
+    noise = torch.randn(400_000, 2, generator=draw, **float64)
+    u = mean + scale * noise
+    new, old = (squashed_log_prob(m, s, u) for m, s in ((mean, scale), (old_mean, old_scale)))
+    value = -u.square().sum(-1)
+    weights = {"kl_coefficient": 2.0, "temperature": 0.3}
+    exact = gaussian_kl(mean, scale, old_mean, old_scale).expand(len(u))
+    sampled = mdpo_actor_loss(new, old, value, **weights)
+    closed = mdpo_actor_loss(new, old, value, **weights, divergence=exact)
+    torch.testing.assert_close(closed, sampled, rtol=0, atol=5e-3)
 
 
 def test_entropies_of_index_one_are_the_limit():

@@ -13,9 +13,9 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from genpol import agents
 from genpol.agent import Specs
 from genpol.errors import ConfigError
-from genpol.on_policy.likelihood import gaussian_kl
 from genpol.on_policy.surrogate_settings import NAMES, BPOSettings
 from genpol.on_policy.surrogates import SURROGATES
+from genpol.policies.gaussian import gaussian_kl
 
 ENVS, STEPS = 16, 20
 SPECS = Specs(observation_dim=1, action_dim=1, num_envs=ENVS)

@@ -16,12 +16,16 @@ F learns from are paired rightly (``legacy_pairing`` mixes them up as released).
 only after ``energy_warmup`` updates, and its scale is saved with the model. The widest proposal
 stays 0.33 for any number of steps (``widest_search``), two random critics make the target
 (``target_critics=first`` as released), and ``energy_weight=0`` leaves F out. The score network
-learns the weighted mean of plans where its sampler goes (:mod:`genpol.world_model.amortised`), and
-what the critics evaluate may be the search itself: ``value_target=score`` is what the paper argues
-for, while the released code trains with ``pi``.
+learns the weighted mean of plans where its sampler goes (:mod:`genpol.world_model.amortised`).
+The paper argues that the critics should evaluate what acts; which target it means is not known.
+``value_target=search`` asks the search itself, ``score`` the network that has learned it, and
+``replay`` what was done; the default, ``pi``, is what the released code trains with. Images are not
+seen: their convolutional encoder is left out.
 
 As published: ``size=6M diffusion_steps=20 num_plans=512 num_elites=64 num_policy_plans=24``. Its
-curves count actions where TD-MPC2's count environment steps.
+curves count actions where TD-MPC2's count environment steps. Its three uses are recipes, for
+TD-MPC2 as well: ``recipe=world-model-online``, ``world-model-pretraining`` (data of several tasks)
+and ``world-model-finetuning`` (online from there).
 """
 
 from __future__ import annotations
@@ -95,7 +99,8 @@ class Settings(WorldModelSettings):
     score_loss_weight: float = 1.0
     """Weight of its loss."""
     score_rows: int = 16
-    """States per update that are searched for it."""
+    """States of each batch, drawn anew, that are searched for it; as many as the batch has at
+    most."""
     score_samples: int = 64
     """Candidates of each, an even number."""
     score_steps: int = 4
@@ -216,7 +221,8 @@ class MBDPO(WorldModelAgent):
                 "negative_uniform": 2.0 * uniform - 1.0,
             }
         if self.model.score is not None:
-            drawn |= self._score_draws(min(rows, settings.score_rows), horizon, dims)
+            chosen = self.some_rows(settings.score_rows, rows)
+            drawn |= {"score_rows": chosen, **self._score_draws(len(chosen), horizon, dims)}
         if settings.value_target == "search":
             searched = self._target_planner.draw(horizon * rows, self.generator)
             drawn |= {f"search_{name}": x for name, x in searched.items()}
@@ -325,12 +331,12 @@ class MBDPO(WorldModelAgent):
         """
         model, network = self.model, self.model.score
         assert network is not None
-        levels = draws["score_level"]
+        levels, chosen = draws["score_level"], draws["score_rows"]
         rows = len(levels)
-        latent, task = latent[:rows], task.first(rows)
+        latent, task = latent[chosen], task.rows(chosen)
         state = model.state(latent, task)
         with torch.no_grad():
-            taken = window.actions[:, :rows].transpose(0, 1)
+            taken = window.actions[:, chosen].transpose(0, 1)
             steps = self.settings.score_steps
             own = denoise(network, state, torch.zeros_like(taken), self.schedule, steps, task)
             clean = torch.where(draws["score_own"], own, taken)

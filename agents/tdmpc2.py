@@ -14,7 +14,8 @@ Choices: the networks and the search are small by default (``size=laptop``), for
 on one core. As published: ``env.action_repeat=2``, ``size=6M``, ``num_plans=512``,
 ``num_elites=64``, ``num_policy_plans=24``, ``iterations=6`` (8 for 20 or more action dimensions).
 Windows may reach beyond their episode, where they do not count; the official replay draws whole
-ones. The critics' dropout acts where they learn, and not where the policy asks them.
+ones. The critics' dropout acts where they learn, and not where the policy asks them. The encoder of
+images is left out. Recipes for its three uses are those of :mod:`genpol.agents.mbdpo`.
 """
 
 from __future__ import annotations

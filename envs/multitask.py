@@ -201,9 +201,8 @@ def make_multitask(
     played = settings.played if training else settings.played[:num_envs]
     if num_envs % len(played) != 0:
         raise ConfigError(
-            f"{num_envs} environments cannot be shared out evenly among {len(played)} tasks: take "
-            "a multiple (num_envs, evaluation.episodes, evaluation.num_envs), or one task with "
-            "env.only"
+            f"num_envs = {num_envs}: cannot be shared out evenly among {len(played)} tasks; take a "
+            "multiple, or one task with env.only"
         )
 
     def make_one(name: str, number: int, seed: int) -> MujocoEnv:

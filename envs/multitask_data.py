@@ -69,11 +69,11 @@ def joined(
         action_width: See :func:`open_folder`.
 
     Raises:
-        DatasetError: If observations or actions are too wide, or a column is missing.
+        DatasetError: If observations or actions are too wide, a column is missing, or actions are
+            not held for equally long.
     """
     columns: dict[str, list[Array]] = {name: [] for name in ("observation", "action", *_COLUMNS)}
     ends: list[Array] = []
-    repeats = set()
     before = 0
     for name, parts in datasets.items():
         for data in parts:
@@ -89,12 +89,29 @@ def joined(
                 columns[column].append(np.asarray(data.columns[column]))
             ends.append(data.ends + before)
             before += data.num_rows
-            repeats.add(data.metadata.get("action_repeat"))
-    metadata: dict[str, Any] = {"tasks": list(datasets)}
-    if len(repeats) == 1 and None not in repeats:
-        metadata["action_repeat"] = repeats.pop()
+    metadata: dict[str, Any] = {"tasks": list(datasets), **_action_repeat(datasets)}
     whole = {name: np.concatenate(parts) for name, parts in columns.items()}
     return OfflineDataset(whole, np.concatenate(ends), metadata)
+
+
+def _action_repeat(datasets: Mapping[str, Sequence[OfflineDataset]]) -> dict[str, int]:
+    """Return for how many steps actions are held, where any of the data sets says so.
+
+    Raises:
+        DatasetError: If they do not say the same.
+    """
+    told: dict[int, list[str]] = {}
+    for name, parts in datasets.items():
+        for data in parts:
+            if (repeat := data.metadata.get("action_repeat")) is not None:
+                told.setdefault(int(repeat), []).append(name)
+    if len(told) > 1:
+        each = "; ".join(f"{x} in those of {', '.join(dict.fromkeys(told[x]))}" for x in told)
+        raise DatasetError(
+            f"data of several tasks: actions are held for different numbers of steps ({each}); "
+            "record them anew with one env.action_repeat, or leave tasks out with env.tasks"
+        )
+    return {"action_repeat": next(iter(told))} if told else {}
 
 
 def _check(data: OfflineDataset, name: str, observation_width: int, action_width: int) -> None:

@@ -77,6 +77,7 @@ class IsaacLabEnv(EnvBase):
         self._seen = {
             key: torch.zeros(self.observation_spec[key].shape, **home) for key in self._keys
         }
+        self.is_closed = False
         self.set_seed(seed)
 
     @property

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
@@ -97,8 +97,12 @@ def _configure(
     if task not in gymnasium.registry:
         hint = nearest(settings.task, [*_OWN, *known])
         raise ConfigError(f"env.task = {settings.task!r}: Isaac Lab registers no such task.{hint}")
+    presets = [text for text in settings.overrides if not text.startswith("env.")]
     try:
+        _check_fields(parse_env_cfg(task, overrides=presets), settings.overrides)
         config: Any = parse_env_cfg(task, overrides=list(settings.overrides))
+    except ConfigError:
+        raise
     except Exception as error:
         message = " ".join(str(error).split())[:400]
         raise ConfigError(f"env.overrides = {list(settings.overrides)}: {message}") from error
@@ -108,6 +112,20 @@ def _configure(
     # Without these the observation that an episode ended with would be lost.
     config.compute_final_obs = True
     return config
+
+
+def _check_fields(config: Any, overrides: Sequence[str]) -> None:
+    """Refuse values for fields that there are not, which Isaac Lab would leave out in silence."""
+    for text in overrides:
+        if not text.startswith("env."):
+            continue
+        place = config
+        for name in text.partition("=")[0].split(".")[1:]:
+            fields = place if isinstance(place, dict) else getattr(place, "__dict__", {})
+            if name not in fields:
+                hint = nearest(name, fields)
+                raise ConfigError(f"env.overrides: {text!r}: there is no {name!r} to set.{hint}")
+            place = fields[name]
 
 
 @contextmanager

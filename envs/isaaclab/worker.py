@@ -78,6 +78,7 @@ class WorkerEnv(EnvBase):
         self.max_episode_steps = about.max_episode_steps
         self.action_repeat = about.action_repeat
         self.control_period_s = about.control_period_s
+        self.is_closed = False
         self.set_seed(seed)
 
     @property

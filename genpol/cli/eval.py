@@ -26,7 +26,8 @@ Loads the last checkpoint of a run (or the one named) and runs complete episodes
 that neither training nor its evaluations used. Prints mean, 95 % interval, spread and value at
 risk of the return; with json=true also the return of each episode, in the order of the start
 states, which allows comparing policies in pairs. Other overrides change the run's own settings,
-such as env.num_threads=1. A policy folder is evaluated in env=<name>, which is then needed.
+such as env.num_threads=1. Of several tasks (env=multitask) there are as many episodes each, or all
+of one with env.only=<task>. A policy folder is evaluated in env=<name>, which is then needed.
 
 Policies that are flows or diffusion models can be guided without training anew:
   guidance.weight=0.04        follow the critic's gradient; several weights, 0,0.02,0.04, are tried
@@ -73,7 +74,7 @@ def run(arguments: list[str]) -> int:
     critic = None
     if request is not None and request.critic is not None:
         critic = load_run(request.critic).agent
-    episodes, seed = options["episodes"], options["seed"]
+    episodes, seed = trained.settings.shared_out(options["episodes"]), options["seed"]
     together = trained.settings.evaluation_envs(episodes)
     env = make_env(num_envs=together, seed=derive(seed, "test"))
 

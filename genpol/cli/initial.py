@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genpol.cli.list import package_folder
-from genpol.errors import ConfigError, GenpolError, nearest
+from genpol.errors import CheckpointError, ConfigError, GenpolError, nearest
 
 if TYPE_CHECKING:
     from genpol.agent import Agent, Specs
@@ -64,13 +64,31 @@ class Start:
         from genpol.training.loop import load_weights
 
         if self.checkpoint is not None:
-            weights = agent.adopt(checkpoint.load(self.checkpoint)["weights"])
+            weights = checkpoint.load(self.checkpoint)["weights"]
+            weights = agent.adopt(weights, _tasks_of(self.checkpoint))
             load_weights(agent, weights, self.checkpoint)
         elif self.policy is not None:
             assert isinstance(agent, PolicyHolder)
             specs, period_s = _environment(settings)
             self.policy.check(specs, period_s, self.text)
             agent.load_policy(self.policy)
+
+
+def _tasks_of(path: Path) -> list[str]:
+    """Return ``env.tasks`` of the run that a checkpoint lies in; none where it has no such thing.
+
+    A checkpoint that was copied out of its run has no such thing either.
+    """
+    import yaml
+
+    from genpol.training import checkpoint
+
+    try:
+        text = (checkpoint.run_folder(path) / "config.yaml").read_text(encoding="utf-8")
+        tasks = yaml.safe_load(text)["env"]["tasks"]
+    except (CheckpointError, OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return []
+    return [str(name) for name in tasks] if isinstance(tasks, list) else []
 
 
 def find(text: str, agent: str) -> Start:

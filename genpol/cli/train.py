@@ -31,7 +31,8 @@ agents that finetune begin from its flow or diffusion model. Everything else sta
 Agents that learn from data (bc, iql, fql, qc, dqc, qgf, fisher_decorator, cdsa) need data=<data
 set>, in any format that `genpol data` reads; tdmpc2 and mbdpo may have it. total_steps are then
 updates, after which online_steps=<n> goes on in the environment. env=multitask takes a folder with
-a data set for each of its tasks, called like the task.
+a data set for each of its tasks, called like the task; recipe=world-model-pretraining suits that,
+and recipe=world-model-finetuning what follows online on one task.
 
 examples:
   genpol train env=HopperStand
@@ -39,6 +40,7 @@ examples:
   genpol train env=cube-single-play env.task=1 agent=fql data=cube-single-play-v0.npz
   genpol train env=cube-single-play env.task=1 agent=ogpo init=runs/cube-single-play/bc/<run>
   genpol train env=gym env.id=Pendulum-v1 num_envs=4 agent=ppo
+  genpol train env=CheetahRun agent=mbdpo recipe=world-model-online
   genpol train resume=runs/HopperStand/gorl/20261122-101500-s0
 
 Ctrl-C and SIGTERM write a checkpoint and exit; SIGUSR1 writes one and goes on.

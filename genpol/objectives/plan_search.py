@@ -96,7 +96,11 @@ def _scale_to(betas: list[float], last: float) -> float:
 
 
 def known(returns: Tensor) -> Tensor:
-    """Return ``[E, N]`` with 0 for what is not a finite number, as the official code does."""
+    """Return ``[E, N]`` with 0 for what is not a finite number.
+
+    The official codes do so with NaN alone, and make infinities the largest floats, whose standard
+    deviation is infinite again.
+    """
     return torch.where(returns.isfinite(), returns, 0.0)
 
 

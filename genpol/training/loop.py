@@ -85,7 +85,7 @@ class Training:
         self._windows = _make_windows(agent, settings, dataset)
         self._evaluation_seed = derive(settings.evaluation.seed, "evaluation")
         self._evaluation_env = make_env(
-            num_envs=settings.evaluation_envs(settings.evaluation.episodes),
+            num_envs=settings.evaluation_envs(settings.evaluation_episodes),
             seed=self._evaluation_seed,
         )
         self._env = self._evaluation_env  # where nothing is collected
@@ -245,12 +245,11 @@ class Training:
             if signals.stop_requested:
                 raise _CutShort
 
-        settings = self.settings.evaluation
         try:
             summary = evaluate(
                 self.agent.policy,
                 self._evaluation_env,
-                episodes=settings.episodes,
+                episodes=self.settings.evaluation_episodes,
                 seed=self._evaluation_seed,
                 on_step=heed_signals,
             ).summary()

@@ -39,18 +39,22 @@ class EvaluationSettings:
     interval_steps: int = 1_000_000
     """Steps between two evaluations; the last one is always after the last step."""
     episodes: int = 100
-    """Complete episodes per evaluation."""
+    """Complete episodes per evaluation; with several tasks (env=multitask) rounded up to as many of
+    each."""
+    episodes_per_task: int = 0
+    """Of each of several tasks, in place of `episodes`; 0 shares those out."""
     seed: int = 10_000
     """Seed of the evaluation episodes: the same starts every time, never those of training."""
     num_envs: int = 0
-    """Environments stepped together; 0 takes as many as in training, of native tasks at least
-    100."""
+    """Environments stepped together, with several tasks rounded up to as many of each; 0 takes as
+    many as in training, of native tasks at least 100."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
         positive("evaluation.interval_steps", self.interval_steps)
         at_least("evaluation.num_envs", self.num_envs, 0)
         at_least("evaluation.episodes", self.episodes, 1)
+        at_least("evaluation.episodes_per_task", self.episodes_per_task, 0)
         within("evaluation.seed", self.seed, 0, 2**63 - 1)
 
 
@@ -135,4 +139,18 @@ class TrainSettings:
         together = self.evaluation.num_envs or self.num_envs
         if self.evaluation.num_envs == 0 and getattr(self.env, "batched", False):
             together = max(together, _BATCHED_EVALUATION)
-        return min(episodes, together)
+        return self.shared_out(min(episodes, together))
+
+    @property
+    def evaluation_episodes(self) -> int:
+        """Complete episodes per evaluation, as many of each task."""
+        each = self.evaluation.episodes_per_task
+        return each * self._num_tasks if each > 0 else self.shared_out(self.evaluation.episodes)
+
+    def shared_out(self, number: int) -> int:
+        """Return a number of episodes or environments, rounded up to as many of each task."""
+        return -(-number // self._num_tasks) * self._num_tasks
+
+    @property
+    def _num_tasks(self) -> int:
+        return len(getattr(self.env, "played", ())) or 1

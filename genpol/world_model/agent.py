@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from genpol import settings as check
 from genpol.agent import DatasetAgent, Specs
 from genpol.data.dataset import OfflineDataset
 from genpol.data.windows import WindowSpec
@@ -38,6 +37,7 @@ from genpol.world_model.networks import Task, WorldModel
 from genpol.world_model.optimizer import GradedOptimizer
 from genpol.world_model.planning import Draws, Planned, Planner, two_critics
 from genpol.world_model.settings import WorldModelSettings
+from genpol.world_model.tasks import earlier_rows
 
 
 class Window(NamedTuple):
@@ -112,8 +112,7 @@ class WorldModelAgent(DatasetAgent):
         score: Whether the model has a score network.
 
     Raises:
-        ConfigError: If rewards come in several terms, simplices do not fill the latent state, or
-            there is no task to be like.
+        ConfigError: If rewards come in several terms, or simplices do not fill the latent state.
     """
 
     needs_data = False
@@ -147,8 +146,6 @@ class WorldModelAgent(DatasetAgent):
         self.window = WindowSpec(
             steps=settings.horizon, gamma=gammas[0], edges="mask", every_step=True
         )
-        if settings.like_task:
-            check.one_of("agent.like_task", settings.like_task, [x.name for x in specs.tasks])
         self.gradient_steps = 0
         self.generator = torch.Generator(device).manual_seed(seed)
         self._acting = torch.Generator(device).manual_seed(derive(seed, "acting"))
@@ -173,6 +170,8 @@ class WorldModelAgent(DatasetAgent):
         self._warmup_steps = settings.warmup(specs)
         self._env_steps = 0
         self._updates_owed = 0.0
+        self._adopted = False
+        self._awaits_episode = False
         self._diagnosed: dict[str, Tensor] = {}
 
     def begin(self, planner: Planner) -> None:
@@ -242,35 +241,51 @@ class WorldModelAgent(DatasetAgent):
             return observation, None
         return observation[..., : self._features], observation[..., self._features :].argmax(-1)
 
+    def check_ready(self) -> None:
+        """Refuse a task to be like where there is no earlier run that could know it.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        if self.settings.like_task and not self._adopted:
+            raise ConfigError(
+                f"agent.like_task = {self.settings.like_task!r}: is a task of the run that init= "
+                "names; add init=<run folder>, or leave it out"
+            )
+
     def prepare(self, dataset: OfflineDataset) -> None:
         """Do without a warm-up, unless the settings ask for one: the data are there instead."""
         self._skip_warmup()
+        self._awaits_episode = False
 
-    def adopt(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the weights of another run, with embeddings for the tasks that it did not have.
+    def adopt(self, weights: Mapping[str, Any], tasks: Sequence[str] = ()) -> Mapping[str, Any]:
+        """Return the weights of another run, with the embeddings of this one's tasks.
+
+        A task has the embedding that the other run gave to the task of that name, or else of the
+        one that it is like. There is no warm-up then, unless the settings ask for one: the policy
+        acts from the first step on, and updates begin, one for each action, when the first episode
+        is over (MBDPO, official code). Nothing is made up for.
 
         Raises:
-            ConfigError: If there are such tasks, and nothing says which task they are like.
+            ConfigError: If nothing says which tasks the other run had, or which of them a new task
+                is like.
         """
-        self._skip_warmup()
+        self._adopted = True
+        self._awaits_episode = self._skip_warmup()
         known = weights.get("model.tasks")
-        names = [task.name for task in self.specs.tasks]
-        if self.model.tasks is None or known is None or len(known) >= len(names):
+        if self.model.tasks is None or known is None:
             return weights
-        old, new = names[: len(known)], names[len(known) :]
-        if self.settings.like_task not in old:
-            raise ConfigError(
-                f"agent.like_task = {self.settings.like_task!r}: the run of init does not know "
-                f"{', '.join(new)}; give the one of its tasks, {', '.join(old)}, that these are "
-                "like"
-            )
-        row = known[old.index(self.settings.like_task)]
-        return {**weights, "model.tasks": torch.cat((known, row.expand(len(new), -1)))}
+        names = [task.name for task in self.specs.tasks]
+        rows = earlier_rows(names, tasks, number=len(known), like=self.settings.like_task)
+        return {**weights, "model.tasks": known[rows]}
 
-    def _skip_warmup(self) -> None:
-        if self.settings.warmup_steps is None:
-            self._warmup_steps = 0
-            self.policy.warming_up = False
+    def _skip_warmup(self) -> bool:
+        """Do without a warm-up unless the settings ask for one; return whether it is left out."""
+        if self.settings.warmup_steps is not None:
+            return False
+        self._warmup_steps = 0
+        self.policy.warming_up = False
+        return True
 
     def observe(self, rollout: TensorDict) -> int:
         """Take note of new steps; return the updates they call for."""
@@ -278,6 +293,9 @@ class WorldModelAgent(DatasetAgent):
         self._env_steps += rollout.numel() * repeat
         if self._env_steps < self._warmup_steps:
             return 0
+        if self._awaits_episode and not bool(rollout["next", "done"].any()):
+            return 0
+        self._awaits_episode = False
         actions = rollout.numel()
         if self.policy.warming_up:
             missed = 0 if self.settings.catch_up else self._warmup_steps
@@ -345,6 +363,14 @@ class WorldModelAgent(DatasetAgent):
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers."""
         return torch.randn(shape, generator=self.generator, device=self.generator.device)
+
+    def some_rows(self, number: int, among: int) -> Tensor:
+        """Draw the numbers of different rows of a batch, all if there are no more, int64 ``[R]``.
+
+        The first ones would not do: windows of a data set stand before those that were collected.
+        """
+        order = torch.randperm(among, generator=self.generator, device=self.generator.device)
+        return order[:number]
 
     def model_loss(self, window: Window, draws: Draws) -> ModelLoss:
         """Return the loss of all networks but the policy (official codes of TD-MPC2 and MBDPO).
@@ -466,28 +492,28 @@ class WorldModelAgent(DatasetAgent):
         """Return how far the acting search lies from the policy prior, on states of the replay.
 
         The search begins from the actions that were taken from there on. The *drift* is the mean of
-        ``||a_search - mode pi||_2 / sqrt(A)``; the *cross-TD error* that of ``|y(a_search) -
-        y(a_pi)|`` at the same transition. Both are plotted in the MBDPO paper, whose definitions
-        are not known; these are ours.
+        ``||a_search - mode pi||_2 / sqrt(A)``, where A are the dimensions that the task uses; the
+        *cross-TD error* that of ``|y(a_search) - y(a_pi)|`` at the same transition. Both are
+        plotted in the MBDPO paper, whose definitions are not known; these are ours.
 
         Args:
             window: What was learned from.
             encoded: Next latents, ``[H, B, L]``.
         """
-        rows = min(self.settings.diagnostics_rows, encoded.shape[1])
-        task, latent = self.model.task(window.tasks).first(rows), encoded[0, :rows]
-        draws = self.planner.draw(rows, self.generator)
-        searched = self.planner.plan(latent, window.following()[0, :rows], draws, task).action
+        rows = self.some_rows(self.settings.diagnostics_rows, encoded.shape[1])
+        task, latent = self.model.task(window.tasks).rows(rows), encoded[0, rows]
+        draws = self.planner.draw(len(rows), self.generator)
+        searched = self.planner.plan(latent, window.following()[0, rows], draws, task).action
         own = self.model.act(latent, None, task).action
         critics = two_critics(self.model, 1, self.generator)
         ask: Draws = {} if critics is None else {"target_critics": critics[0]}
-        reward, terminated = window.rewards[0, :rows], window.terminated[0, :rows]
+        reward, terminated = window.rewards[0, rows], window.terminated[0, rows]
         here, there = (
             td_target(reward, terminated, self.target_values(latent, a, ask, task), task.gamma)
             for a in (searched, own)
         )
-        valid = window.valid[0, :rows]
-        drift = (searched - own).norm(dim=-1) / self.specs.action_dim**0.5
+        valid = window.valid[0, rows]
+        drift = (searched - own).norm(dim=-1) / task.width(self.specs.action_dim).sqrt()
         return {
             "plan/drift": weighted_mean(drift, valid),
             "plan/cross_td_error": weighted_mean((here - there).abs(), valid),
@@ -503,6 +529,7 @@ class WorldModelAgent(DatasetAgent):
             "updates_owed": self._updates_owed,
             "warmup_steps": self._warmup_steps,
             "warming_up": self.policy.warming_up,
+            "awaits_episode": self._awaits_episode,
             "diagnosed": dict(self._diagnosed),
             "acting": self.policy.acting_state(),
         }
@@ -517,6 +544,7 @@ class WorldModelAgent(DatasetAgent):
         self._updates_owed = state["updates_owed"]
         self._warmup_steps = state["warmup_steps"]
         self.policy.warming_up = state["warming_up"]
+        self._awaits_episode = state.get("awaits_episode", False)  # older checkpoints: no wait
         self._diagnosed = {
             name: x.to(self.generator.device) for name, x in state["diagnosed"].items()
         }

@@ -1,9 +1,11 @@
 """Search by a network: what it learns from the search, and how it acts without imagining.
 
-The corrected objective of the MBDPO specification, ours: the network predicts the weighted mean of
-the candidates (and not the score), at every element of the batch, and at noisy plans where the
-sampler goes, instead of at standard normal ones. What the released code fits is one score for one
-batch element and one level per update.
+The corrected objective is ours: the network predicts the weighted mean of the candidates (and not
+the score), at states drawn from the batch, each with a level of its own, and at noisy plans where
+the sampler goes, instead of at standard normal ones. What the released code fits is one score for
+one batch element and one level per update. How many states are drawn, ``agent.score_rows``, is a
+matter of time: each costs as much as a round of the search. All of the batch, ``score_rows =
+batch_size``, makes the estimate of the gradient less noisy and not another one.
 """
 
 from __future__ import annotations

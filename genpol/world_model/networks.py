@@ -1,8 +1,9 @@
 """The world model: encoder, dynamics, reward, critics, policy prior and what may stand beside them.
 
 Architecture of TD-MPC2 (arXiv 2310.16828, section 3) and MBDPO (arXiv 2605.26282), both as in their
-official codes. Every network reads the task's embedding behind the latent state, where there are
-several tasks, and then the action.
+official codes, but for images: their convolutional encoder is not there, and observations are
+vectors. Every network reads the task's embedding behind the latent state, where there are several
+tasks, and then the action.
 """
 
 from __future__ import annotations
@@ -50,11 +51,17 @@ class Task(NamedTuple):
         embedding, mask = (x.repeat(number, 1) for x in (self.embedding, self.mask))
         return Task(embedding, mask, self.gamma.repeat(number))
 
-    def first(self, number: int) -> Task:
-        """Return the same for the first rows only."""
+    def rows(self, index: Tensor) -> Task:
+        """Return the same for the rows of these numbers only, int64 ``[R]``."""
         if self.embedding is None or self.mask is None:
             return self
-        return Task(self.embedding[:number], self.mask[:number], self.gamma[:number])
+        return Task(self.embedding[index], self.mask[index], self.gamma[index])
+
+    def width(self, action_dim: int) -> Tensor:
+        """Return how many of so many action dimensions are in use, ``[]`` or ``[B]``."""
+        if self.mask is None:
+            return self.gamma.new_tensor(float(action_dim))
+        return self.mask.sum(-1).to(self.gamma.dtype)
 
     def hide(self, action: Tensor) -> Tensor:
         """Return actions ``[..., B, A]`` with zeros in dimensions that are not in use."""

@@ -96,7 +96,8 @@ class WorldModelSettings:
     """Discount per action; by default clip((L/5 - 1) / (L/5), 0.95, 0.995)."""
     warmup_steps: int | None = None
     """Environment steps under uniformly random actions, without updates, at the start; by default
-    those of max(1000, 5 L) actions, and none after learning from data or with `init`."""
+    those of max(1000, 5 L) actions, and none after learning from data or with `init`, where updates
+    begin behind the first episode."""
     catch_up: bool = True
     """Whether the warm-up ends with as many updates as it would have had."""
     horizon: int = 3
@@ -116,8 +117,8 @@ class WorldModelSettings:
     task_dim: int = 96
     """Width of the embedding of a task, where there are several (env=multitask)."""
     like_task: str = ""
-    """With `init`: the task whose embedding those begin with that the earlier run did not have, and
-    which stand behind its own in `env.tasks`."""
+    """With `init`: the task of the earlier run whose embedding those of `env.tasks` begin with that
+    it did not have."""
     simplex_dim: int = 8
     """Width of the simplices that latent states consist of."""
     num_bins: int = 101
@@ -158,8 +159,8 @@ class WorldModelSettings:
     diagnostics_rows: int = 32
     """States on which that is measured."""
     compile: bool = False
-    """Whether losses and rounds of the search are compiled: a minute or two at the start of a run,
-    for steps that take about half the time on a core."""
+    """Whether losses and rounds of the search are compiled: a wait at the start of a run, for
+    faster steps."""
     nonfinite_patience: int = 10
     """Non-finite losses in a row that stop the run."""
 

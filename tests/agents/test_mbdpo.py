@@ -1,7 +1,10 @@
-"""MBDPO as an agent (MBDPO specification, oracles 12, 16 and 18)."""
+"""MBDPO as an agent (MBDPO specification, oracles 12, 16 and 18), and its search step by step."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,6 +13,9 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from genpol import agents
 from genpol.agent import Specs, TaskSpecs
+from genpol.data.dataset import OfflineDataset
+from genpol.data.sequences import SequenceReplay
+from genpol.data.windows import WindowSampler
 from genpol.errors import ConfigError
 from genpol.world_model import DiffusionPlanner, PolicyPlanner, ScorePlanner, WorldModelAgent
 from genpol.world_model.amortised import denoise
@@ -19,7 +25,7 @@ TASKS = Specs(
     observation_dim=5,
     action_dim=2,
     num_envs=1,
-    tasks=(TaskSpecs("a", 2, 1000), TaskSpecs("b", 1, 1000)),
+    tasks=(TaskSpecs("a", 2, 1000), TaskSpecs("b", 1, 200)),
 )
 SMALL = {
     "encoder_dim": 16,
@@ -131,6 +137,18 @@ def test_negatives_are_the_hardest_of_three():
     best = logits.argmax(0)
     assert chosen.equal(candidates[best, torch.arange(24)])
     assert len(best.unique()) == 3
+
+
+def test_negatives_are_zero_where_a_task_has_no_dimension():
+    """Oracle 16 for what the classifier learns from."""
+    agent = make(specs=TASKS)
+    window, draws, latents, _ = prepared(agent)
+    seen = spied(agent)
+    agent.energy_loss(latents[:-1], window, draws, agent.model.task(window.tasks))
+    alone = window.tasks.repeat(3) == 1
+    for candidates in (seen[0], seen[1][1:]):
+        assert (candidates[:, alone, -1] == 0).all()
+        assert (candidates[:, ~alone, -1] != 0).all()
 
 
 def test_the_loss_of_the_energy_by_hand():
@@ -315,14 +333,117 @@ def test_the_score_learns_from_replayed_plans_and_from_its_own():
     agent.score_loss(latents[0], window, draws, agent.model.task())
     state, x, levels = seen[-1]
     power = torch.tensor(agent.schedule.alpha_bar)[levels].view(-1, 1, 1)
-    taken = window.actions[:, :4].transpose(0, 1)
+    rows = draws["score_rows"]
+    taken = window.actions[:, rows].transpose(0, 1)
     torch.testing.assert_close(x, power.sqrt() * taken + (1 - power).sqrt() * draws["score_noise"])
-    assert state.equal(latents[0, :4])
+    assert state.equal(latents[0, rows])
+    assert len(rows.unique()) == 4
     draws["score_own"] = ~draws["score_own"]
     agent.score_loss(latents[0], window, draws, agent.model.task())
     plan = denoise(agent.model.score, state, 0 * taken, agent.schedule, 4, agent.model.task())
     mixed = power.sqrt() * plan + (1 - power).sqrt() * draws["score_noise"]
     torch.testing.assert_close(seen[-4][1], mixed)
+
+
+def searched_by_hand(agent, window, draws, latent, index):
+    """Return noisy plan, level, and the mean that the network should predict, of one row."""
+    model, row = agent.model, draws["score_rows"][index]
+    task = model.task(None if window.tasks is None else window.tasks[row][None])
+    used = 1.0 if task.mask is None else task.mask.float()
+    level, z = int(draws["score_level"][index]), latent[row][None]
+    power = agent.schedule.alpha_bar[level]
+    state = model.state(z, task)
+    clean = window.actions[:, row]
+    if draws["score_own"][index]:
+        clean = denoise(model.score, state, torch.zeros(1, 3, 2), agent.schedule, 4, task)[0]
+    x = used * (math.sqrt(power) * clean + math.sqrt(1 - power) * draws["score_noise"][index])
+    noise = torch.cat((draws["score_candidates"], -draws["score_candidates"]))
+    plans = used * (x / math.sqrt(power) + agent.schedule.sigma(level) * noise).clamp(-1, 1)
+    gained = torch.stack(
+        [
+            imagined_by_hand(agent, z, plan, tail, draws["score_critics"], task)
+            for plan, tail in zip(plans, draws["score_tails"], strict=True)
+        ]
+    )
+    weights = ((gained - gained.mean()) / gained.std() / 0.5).softmax(0)
+    predicted = used * model.score(state, x[None], draws["score_level"][index][None])[0]
+    return predicted, (weights[:, None, None] * plans).sum(0)
+
+
+def imagined_by_hand(agent, z, plan, tail, critics, task):
+    """Return J of one plan ``[H, A]``, with the energy, from a latent ``[1, L]``."""
+    model, scale, gamma = agent.model, agent.energy_scale, float(task.gamma)
+    total = torch.zeros(())
+    for t, action in enumerate(plan):
+        pair = model.pair(z, action[None], task)
+        energy = ((model.energy(pair)[0, 0] - scale.mean) / scale.std).clamp(-5, 5)
+        total = total + gamma**t * (model.scalar.decode(model.reward(pair))[0])
+        total = total + gamma**t * agent.settings.energy_weight * energy
+        z = model.dynamics(pair)
+    last = model.act(z, tail[None], task).action
+    values = model.scalar.decode(model.critics(model.pair(z, last, task)))[critics, 0]
+    return total + gamma ** len(plan) * values.mean()
+
+
+@pytest.mark.parametrize("specs", [SPECS, TASKS])
+def test_the_score_s_target_is_the_search_s_mean_step_by_step(specs):
+    agent = make(specs=specs, energy_weight=0.7, **SCORE)
+    agent.energy_scale.mean.fill_(0.3)
+    agent.energy_scale.std.fill_(0.6)
+    window, draws, latents, _ = prepared(agent)
+    loss = agent.score_loss(latents[0], window, draws, agent.model.task(window.tasks))
+    with torch.no_grad():
+        pairs = [searched_by_hand(agent, window, draws, latents[0], i) for i in range(4)]
+    errors = torch.stack([(found - wanted).square().mean() for found, wanted in pairs])
+    torch.testing.assert_close(loss, errors.mean(), rtol=1e-4, atol=1e-6)
+
+
+# -- rows of a batch -----------------------------------------------------------------------------
+
+
+def half_collected(agent):
+    """Return a replay whose batches begin with data, at -7, and end with what was collected."""
+    action = np.zeros((40, 2), np.float32)
+    trajectory = {
+        "observation": np.full((41, 3), -7.0, np.float32),
+        "action": action,
+        "reward": np.zeros(40, np.float32),
+        "terminated": np.zeros(40, bool),
+    }
+    offline = WindowSampler(OfflineDataset.from_trajectories([trajectory]), agent.window, seed=0)
+    replay = SequenceReplay(
+        agent.window, capacity=100, num_envs=1, seed=0, offline=offline, offline_share=0.5
+    )
+    seen, flag = torch.full((1, 40, 3), 7.0), torch.zeros(1, 40, 1, dtype=torch.bool)
+    after = {"observation": seen, "reward": torch.zeros(1, 40, 1)}
+    after |= dict.fromkeys(("terminated", "done", "diverged"), flag)
+    steps = {"observation": seen, "action": torch.zeros(1, 40, 2), "is_init": flag, "next": after}
+    replay.extend(TensorDict(steps, [1, 40]))
+    return replay
+
+
+def test_collected_steps_teach_the_score_and_are_diagnosed_beside_data():
+    agent = make(diagnostics_interval=1, diagnostics_rows=4, **SCORE)
+    replay = half_collected(agent)
+    rows = {"score": [], "diagnose": []}
+    own, plan = agent.score_loss, agent.planner.plan
+
+    def score_loss(latent, window, draws, task):
+        rows["score"].append(window.observations[0, draws["score_rows"], 0] > 0)
+        return own(latent, window, draws, task)
+
+    def planned(latent, start, draws, task):
+        collected = agent.model.encode(torch.full((4, 3), 7.0), task)
+        rows["diagnose"].append((latent - collected).abs().amax(-1) < 1e-3)
+        return plan(latent, start, draws, task)
+
+    agent.score_loss, agent.planner.plan = score_loss, planned
+    for _ in range(20):
+        window = agent.unfold(replay.sample(32))
+        made = agent.model_loss(window, agent.draw(window))
+        agent.diagnose(window, made.encoded)
+    for seen in rows.values():
+        assert 0.3 < torch.cat(seen).float().mean() < 0.7
 
 
 # -- acting --------------------------------------------------------------------------------------
@@ -382,3 +503,56 @@ def test_the_widest_round_is_the_same_for_any_number_of_levels():
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         agents.settings_class("mbdpo")(**settings)
+
+
+# -- the search step by step ---------------------------------------------------------------------
+
+
+def searched_plan(agent, z, start, draws, task, e):
+    """Return what reverse diffusion finds for one of several environments, as specified."""
+    model, schedule = agent.model, agent.schedule
+    used = task.mask.float()
+    x = math.sqrt(schedule.alpha_bar[-1]) * start * used
+    for index, level in enumerate(range(schedule.steps - 1, 0, -1)):
+        power = schedule.alpha_bar[level]
+        sigma = math.sqrt((1 - power) / power)
+        fresh = (x / math.sqrt(power) + sigma * draws["candidates"][index, e]).clamp(-1, 1)
+        rolled = []
+        for noise in draws["policy"][index, e]:
+            latent, plan = z, []
+            for step in noise:
+                plan.append(model.act(latent, step[None], task).action)
+                latent = model.dynamics(model.pair(latent, plan[-1], task))
+            rolled.append(torch.cat(plan))
+        plans = used * torch.cat((torch.stack(rolled), fresh))
+        gained = torch.stack(
+            [
+                imagined_by_hand(agent, z, plan, tail, draws["critics"][index], task)
+                for plan, tail in zip(plans, draws["tails"][index, e], strict=True)
+            ]
+        )
+        best = gained.topk(agent.settings.num_elites).indices
+        logits = (gained - gained.mean()) / gained.std() / agent.settings.temperature
+        mean = (logits[best].softmax(0)[:, None, None] * plans[best]).sum(0)
+        score = (math.sqrt(power) * mean - x) / (1 - power + 1e-8)
+        x = used * (x + (1 - power) * score) / math.sqrt(schedule.alpha[level])
+    return x.clamp(-1, 1)
+
+
+@torch.no_grad()
+def test_reverse_diffusion_step_by_step_for_every_task():
+    """The search of the official code in plain loops, with energy, masks and discounts."""
+    agent = make(specs=TASKS, num_plans=24, num_policy_plans=4, energy_weight=0.3)
+    observation, tasks = agent.divide(batch(2, TASKS)["observation"])
+    task = agent.model.task(tasks)
+    assert task.gamma[0] != task.gamma[1]
+    draw = torch.Generator().manual_seed(3)
+    z, start = agent.model.encode(observation, task), 2 * torch.rand(2, 3, 2, generator=draw) - 1
+    draws = agent.planner.draw(2, draw)
+    found = agent.planner.plan(z, start, draws, task)
+    for e in range(2):
+        alone = agent.model.task(tasks[e : e + 1])
+        plan = searched_plan(agent, z[e : e + 1], start[e], draws, alone, e)
+        torch.testing.assert_close(found.plan[e], plan, rtol=0, atol=1e-4)
+        explored = (found.plan[e, 0] + 0.05 * draws["explore"][e]).clamp(-1, 1)
+        torch.testing.assert_close(found.explored[e], alone.mask[0] * explored)

@@ -1,4 +1,4 @@
-"""TD-MPC2 as an agent (MBDPO specification, oracles 13, 14, 16 and 18)."""
+"""TD-MPC2 as an agent (MBDPO specification, oracles 13, 14, 16 and 18), and MPPI step by step."""
 
 from __future__ import annotations
 
@@ -110,6 +110,38 @@ def test_the_model_s_loss_step_by_step():
     torch.testing.assert_close(made.metrics["loss/reward"], reward)
     torch.testing.assert_close(made.metrics["loss/value"], value)
     torch.testing.assert_close(made.loss, 20 * consistency + 0.1 * reward + 0.1 * value)
+
+
+def test_every_task_s_target_is_discounted_by_its_own():
+    agent = make(specs=TASKS)
+    windows = batch(12, TASKS)
+    window, draws, made = losses(agent, windows)
+    model, targets = agent.model, []
+    for b, number in enumerate(window.tasks.tolist()):
+        task = model.task(torch.tensor([number]))
+        after = model.encode(window.observations[1:, b : b + 1], task)
+        action = model.act(after, draws["target"][:, b : b + 1], task).action
+        logits = model.averaged(model.pair(after, action, task))[draws["target_critics"]]
+        least = model.scalar.decode(logits).amin(0)[:, 0]
+        gamma = (0.995, 0.975, 0.995)[number]
+        targets.append(window.rewards[:, b] + gamma * least)
+    mean = torch.stack(targets).mean()
+    torch.testing.assert_close(made.metrics["value/target"], mean, rtol=1e-5, atol=1e-6)
+    alike = batch(12, TASKS, tasks=torch.zeros(12, dtype=torch.int64))
+    other = losses(agent, alike)[2].metrics["value/target"]
+    assert other != made.metrics["value/target"]
+
+
+def test_ends_are_what_is_predicted_of_the_states_that_actions_lead_to():
+    agent = make(episodic=True)
+    windows = batch()
+    windows["terminated"][:3, 2] = True
+    windows["valid"][4, 1:] = False
+    window, _, made = losses(agent, windows)
+    logits = agent.model.termination(made.latents[1:]).squeeze(-1)
+    chance = torch.where(window.terminated, logits, -logits).sigmoid()
+    expected = -chance.log()[window.valid].mean()
+    torch.testing.assert_close(made.metrics["loss/termination"], expected)
 
 
 def test_untrained_critics_make_the_reward_the_target():
@@ -233,6 +265,29 @@ def test_the_encoder_takes_smaller_steps():
         assert max(moved).item() == pytest.approx(rate, rel=0.02)
 
 
+def test_gradients_of_model_and_policy_are_each_clipped():
+    agent = make(max_grad_norm=1e-3)
+    metrics = agent.update(batch())
+    policy = list(agent.model.policy.parameters())
+    own = {id(x) for x in policy}
+    rest = [x for x in agent.model.parameters() if id(x) not in own]
+    for name, part in (("model", rest), ("policy", policy)):
+        assert metrics[f"{name}/grad_norm"] > 2e-3
+        norm = sum(x.grad.square().sum() for x in part if x.grad is not None).sqrt()
+        assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_policy_s_optimiser_has_an_epsilon_of_its_own():
+    agent = make()
+    agent.update(batch())
+    for name, part, eps in (
+        ("policy", agent.model.policy, 1e-5),
+        ("model", agent.model.encoder, 1e-8),
+    ):
+        optimizer = agent._optimizers[name]
+        assert {optimizer.moments(x).eps for x in part.parameters()} == {eps}
+
+
 def test_averaged_critics_follow_by_a_hundredth():
     agent = make()
     old = [x.clone() for x in agent.model.averaged.parameters()]
@@ -253,8 +308,11 @@ def test_updates_lower_every_loss():
     assert agent.gradient_steps == 40
 
 
-def rollout(steps, envs=1):
-    return TensorDict({"observation": torch.zeros(envs, steps, 3)}, [envs, steps])
+def rollout(steps, envs=1, *, done=False):
+    over = torch.zeros(envs, steps, 1, dtype=torch.bool)
+    over[0, -1] = done
+    fields = {"observation": torch.zeros(envs, steps, 3), "next": {"done": over}}
+    return TensorDict(fields, [envs, steps])
 
 
 def test_the_warm_up_is_caught_up_with_at_once():
@@ -287,6 +345,21 @@ def test_diagnostics_compare_the_search_with_the_policy():
     assert "plan/drift" not in make(diagnostics_interval=0).update(batch())
 
 
+def test_the_drift_counts_the_dimensions_that_a_task_uses():
+    for specs in (SPECS, TASKS):
+        agent = make(specs=specs, act="policy")
+        own = agent.planner.plan
+
+        def beside(latent, start, draws, task, own=own):
+            planned = own(latent, start, draws, task)
+            return planned._replace(action=task.hide(planned.action + 0.5))
+
+        agent.planner.plan = beside
+        window, _, made = losses(agent, batch(9, specs))
+        drift = agent.diagnose(window, made.encoded)["plan/drift"]
+        assert drift.item() == pytest.approx(0.5)
+
+
 # -- acting --------------------------------------------------------------------------------------
 
 
@@ -315,6 +388,59 @@ def test_evaluations_with_one_seed_are_the_same(point_mass):
         evaluate(agent.policy, env, episodes=4, seed=seed).returns.tolist() for seed in (1, 1, 2)
     ]
     assert returns[0] == returns[1] != returns[2]
+
+
+def plan_by_hand(agent, z, start, draws, task, e):
+    """Return plan, action and explored one of MPPI for one of several environments."""
+    model, settings, used = agent.model, agent.settings, task.mask[0].float()
+    gamma, rolled = float(task.gamma), []
+    for noise in draws["policy"][0, e]:
+        latent, plan = z, []
+        for step in noise:
+            plan.append(model.act(latent, step[None], task).action)
+            latent = model.dynamics(model.pair(latent, plan[-1], task))
+        rolled.append(torch.cat(plan))
+    mean, std = used * start, torch.full_like(start, 2.0)
+    for index in range(settings.iterations):
+        fresh = (mean + std * draws["candidates"][index, e]).clamp(-1, 1)
+        plans, gained = used * torch.cat((torch.stack(rolled), fresh)), []
+        for plan, tail in zip(plans, draws["tails"][index, e], strict=True):
+            latent, total = z, 0.0
+            for t, action in enumerate(plan):
+                pair = model.pair(latent, action[None], task)
+                total += gamma**t * model.scalar.decode(model.reward(pair))[0]
+                latent = model.dynamics(pair)
+            last = model.act(latent, tail[None], task).action
+            values = model.scalar.decode(model.critics(model.pair(latent, last, task)))
+            gained.append(total + gamma**3 * values[draws["critics"][index], 0].mean())
+        best = torch.stack(gained).topk(settings.num_elites)
+        weights = torch.zeros(len(plans))
+        weights[best.indices] = (0.5 * (best.values - best.values.max())).exp()
+        weights = weights / weights.sum()
+        mean = (weights[:, None, None] * plans).sum(0)
+        deviation = (weights[:, None, None] * (plans - mean).square()).sum(0).sqrt()
+        std = deviation.clamp(0.05, 2.0)
+    chosen = int((weights.cumsum(0) > draws["choice"][e]).nonzero()[0])
+    action = plans[chosen, 0]
+    return mean, action, used * (action + std[0] * draws["explore"][e]).clamp(-1, 1)
+
+
+@torch.no_grad()
+def test_mppi_step_by_step_for_every_task():
+    """The search of the official code in plain loops, with masks and discounts."""
+    agent = make(specs=TASKS, num_plans=24, num_policy_plans=4, iterations=3)
+    observation, tasks = agent.divide(batch(3, TASKS)["observation"])
+    task = agent.model.task(tasks)
+    draw = torch.Generator().manual_seed(3)
+    z, start = agent.model.encode(observation, task), 2 * torch.rand(3, 3, 2, generator=draw) - 1
+    draws = agent.planner.draw(3, draw)
+    found = agent.planner.plan(z, start, draws, task)
+    for e in range(3):
+        alone = agent.model.task(tasks[e : e + 1])
+        plan, action, explored = plan_by_hand(agent, z[e : e + 1], start[e], draws, alone, e)
+        torch.testing.assert_close(found.plan[e], plan, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.action[e], action, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.explored[e], explored, rtol=0, atol=1e-4)
 
 
 def test_losses_and_rounds_of_the_search_are_compiled(monkeypatch):
@@ -388,19 +514,47 @@ def test_new_tasks_begin_with_the_embedding_of_another():
     weights = dict(old.state_dict())
     agent = make(specs=MORE, like_task="b", warmup_steps=None, seed=5)
     assert agent.policy.warming_up
-    agent.load_state_dict(agent.adopt(weights))
+    agent.load_state_dict(agent.adopt(weights, ["a", "b", "c"]))
     assert agent.model.tasks[:3].equal(old.model.tasks)
     assert agent.model.tasks[3].equal(old.model.tasks[1])
     assert not agent.policy.warming_up
     agent.update(batch(specs=MORE))
 
 
+def test_tasks_keep_their_embeddings_by_name_wherever_they_stand():
+    old = make(specs=TASKS)
+    weights = dict(old.state_dict())
+    tasks = (THREE[2], TaskSpecs("d", 1, 1000), THREE[0])  # b is no longer there
+    specs = Specs(observation_dim=6, action_dim=2, num_envs=1, tasks=tasks)
+    agent = make(specs=specs, like_task="b", seed=5)
+    agent.load_state_dict(agent.adopt(weights, ["a", "b", "c"]))
+    agent.check_ready()
+    assert agent.model.tasks.equal(old.model.tasks[[2, 1, 0]])
+
+
 def test_without_a_task_to_be_like_new_tasks_are_refused():
     weights = dict(make(specs=TASKS).state_dict())
-    with pytest.raises(ConfigError, match="does not know d; give the one of its tasks, a, b, c"):
-        make(specs=MORE).adopt(weights)
-    with pytest.raises(ConfigError, match=r"agent\.like_task"):
-        make(specs=MORE, like_task="z")
+    message = "does not know d; give the one of its tasks, a, b, c"
+    for like in ("", "d", "z"):
+        with pytest.raises(ConfigError, match=message):
+            make(specs=MORE, like_task=like).adopt(weights, ["a", "b", "c"])
+    others = (TaskSpecs("a", 2, 1000), TaskSpecs("x", 1, 200), TaskSpecs("y", 2, 1000))
+    specs = Specs(observation_dim=6, action_dim=2, num_envs=1, tasks=others)
+    with pytest.raises(ConfigError, match="does not know x, y"):
+        make(specs=specs).adopt(weights, ["a", "b", "c"])
+
+
+def test_embeddings_that_nobody_can_tell_apart_are_refused():
+    weights = dict(make(specs=TASKS).state_dict())
+    for known in ([], ["a", "b"]):
+        with pytest.raises(ConfigError, match=f"learned 3 tasks, .* names {len(known)} in env"):
+            make(specs=TASKS).adopt(weights, known)
+
+
+def test_a_task_to_be_like_needs_an_earlier_run():
+    with pytest.raises(ConfigError, match=r"agent\.like_task = 'a': .* add init="):
+        make(specs=TASKS, like_task="a").check_ready()
+    make(specs=TASKS).check_ready()
 
 
 def test_data_and_an_earlier_run_stand_for_the_warm_up_unless_it_is_asked_for():
@@ -411,6 +565,80 @@ def test_data_and_an_earlier_run_stand_for_the_warm_up_unless_it_is_asked_for():
     asked = make(warmup_steps=10)
     asked.prepare(None)
     assert asked.policy.warming_up
+
+
+def test_after_an_earlier_run_updates_begin_behind_the_first_episode():
+    agent = make(warmup_steps=None)
+    agent.load_state_dict(agent.adopt(make().state_dict()))
+    assert not agent.policy.warming_up
+    assert [agent.observe(rollout(1)) for _ in range(6)] == [0] * 6
+    resumed = make(warmup_steps=None)
+    resumed.load_training_state(agent.training_state())
+    for x in (agent, resumed):
+        assert x.observe(rollout(2, done=True)) == 2  # nothing is made up for
+        assert [x.observe(rollout(1)) for _ in range(3)] == [1, 1, 1]
+    older = agent.training_state()
+    del older["awaits_episode"]
+    resumed.load_training_state(older)
+    assert resumed.observe(rollout(1)) == 1
+    with_data = make(warmup_steps=None)
+    with_data.adopt(make().state_dict())
+    with_data.prepare(None)
+    assert with_data.observe(rollout(3)) == 3
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "horizon": 3,
+    "batch_size": 256,
+    "replay_capacity": 1_000_000,
+    "updates_per_step": 1.0,
+    "horizon_decay": 0.5,
+    "consistency_weight": 20.0,
+    "reward_weight": 0.1,
+    "value_weight": 0.1,
+    "termination_weight": 1.0,
+    "polyak": 0.01,
+    "num_bins": 101,
+    "bin_limit": 10.0,
+    "simplex_dim": 8,
+    "dropout": 0.01,
+    "task_dim": 96,
+    "learning_rate": 3e-4,
+    "encoder_rate": 0.3,
+    "max_grad_norm": 20.0,
+    "entropy_weight": 1e-4,
+    "temperature": 0.5,
+}
+OWN = {
+    "tdmpc2": {"iterations": 6, "min_std": 0.05, "max_std": 2.0, "target_critics": "random"},
+    "mbdpo": {
+        "act": "search",
+        "value_target": "pi",
+        "action_noise": 0.05,
+        "energy_weight": 0.01,
+        "energy_loss_weight": 1.0,
+        "energy_clip": 5.0,
+        "energy_momentum": 0.99,
+        "negative_noise": 0.5,
+        "score_network": False,
+        "score_loss_weight": 1.0,
+        "score_samples": 64,
+        "widest_search": 0.3266,
+        # Ours: the fault of the released code is not the default.
+        "legacy_pairing": False,
+        "energy_warmup": 1000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_defaults_are_the_published_ones_but_for_what_a_laptop_cannot_bear(name):
+    """Section 5 of the specification; sizes of networks and searches are tested apart."""
+    settings = agents.settings_class(name)()
+    expected = PUBLISHED | OWN[name]
+    assert {key: getattr(settings, key) for key in expected} == expected
 
 
 # -- learning ------------------------------------------------------------------------------------

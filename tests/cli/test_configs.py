@@ -37,12 +37,42 @@ def test_agent_composes(agent: str) -> None:
     assert isinstance(settings.agent, agents.settings_class(agent))
 
 
-@pytest.mark.parametrize("recipe", names("recipe"))
+@pytest.mark.parametrize("recipe", [name for name in names("recipe") if "_" in name])
 def test_recipe_composes(recipe: str) -> None:
     agent, _, env = recipe.rpartition("_")
     extra = ARGUMENTS.get(env, [])
     settings = to_settings(compose([f"agent={agent}", f"env={env}", *extra]))
     assert settings.choices.recipe == recipe
+
+
+# Those that are asked for by name, and the environment that they are for.
+NAMED = {
+    "world-model-online": "CheetahRun",
+    "world-model-pretraining": "multitask",
+    "world-model-finetuning": "multitask",
+}
+
+
+@pytest.mark.parametrize("recipe", [name for name in names("recipe") if "_" not in name])
+@pytest.mark.parametrize("agent", ["mbdpo", "tdmpc2"])
+def test_named_recipe_composes(agent: str, recipe: str) -> None:
+    arguments = [f"agent={agent}", f"env={NAMED[recipe]}"]
+    assert to_settings(compose(arguments)).choices.recipe == ""
+    settings = to_settings(compose([*arguments, f"recipe={recipe}"]))
+    assert settings.choices.recipe == recipe
+
+
+def test_regimes_of_world_models_evaluate_as_often_as_they_should() -> None:
+    """Pretraining: 10 episodes per task. Finetuning: 40 000 actions, evaluated every 5 000."""
+    tasks = "env.tasks=[WalkerWalk,WalkerRun,ReacherEasy]"
+    arguments = ["agent=mbdpo", "env=multitask", tasks]
+    before = to_settings(compose([*arguments, "recipe=world-model-pretraining"]))
+    assert before.evaluation_episodes == 30
+    recipe = "recipe=world-model-finetuning"
+    after = to_settings(compose([*arguments, "env.only=WalkerRun", recipe]))
+    assert after.evaluation_episodes == after.evaluation_envs(10) == 10
+    assert after.total_steps / after.env.action_repeat == 40_000
+    assert after.evaluation.interval_steps / after.env.action_repeat == 5_000
 
 
 def test_every_native_task_has_a_file() -> None:

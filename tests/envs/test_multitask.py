@@ -118,7 +118,7 @@ def test_what_is_saved_goes_on_bit_for_bit():
 
 
 def test_environments_are_shared_out_evenly():
-    with pytest.raises(ConfigError, match="7 environments cannot be shared out evenly among 3"):
+    with pytest.raises(ConfigError, match="num_envs = 7: cannot be shared out evenly among 3"):
         make(7)
     with pytest.raises(ConfigError, match=r"env\.only"):
         make(1, training=True)
@@ -224,3 +224,18 @@ def test_a_folder_holds_the_data_of_every_task(tmp_path):
     assert alone.num_trajectories == 4
     with pytest.raises(DatasetError, match="no such folder"):
         open_folder(tmp_path / "nothing")
+
+
+def test_actions_that_are_not_held_for_equally_long_are_refused(tmp_path):
+    for name, sizes, repeat in zip(TASKS, ((5, 1), (3, 1), (6, 2)), (2, 4, 2), strict=True):
+        write(tmp_path / name, *sizes, repeat=repeat)
+    message = r"\(2 in those of CartpoleSwingup, ReacherEasy; 4 in those of PendulumSwingup\)"
+    with pytest.raises(DatasetError, match=message):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path, only="PendulumSwingup").metadata["action_repeat"] == 4
+
+
+def test_data_that_do_not_say_how_long_actions_are_held_go_with_any():
+    told, silent = dataset(5, 1, metadata={"action_repeat": 2}), dataset(5, 1)
+    assert joined({"x": [silent], "y": [told]}, ["x", "y"], 7, 1).metadata["action_repeat"] == 2
+    assert "action_repeat" not in joined({"x": [silent]}, ["x"], 6, 1).metadata

@@ -139,12 +139,13 @@ def test_refit_is_the_weighted_mean_and_a_bounded_std():
 @pytest.mark.parametrize("level", [1, 7, 19])
 def test_a_step_leads_to_the_weighted_mean(level):
     """Oracle 4: x_{tau-1} = sqrt(abar_{tau-1}) E[U | x], whatever x was."""
-    candidates = plans()
-    x, expected = torch.randn(2, 3, 2), candidates.mean(1)
-    score = plan_score(x, expected, SCHEDULE.alpha_bar[level])
-    after = reverse_step(x, score, SCHEDULE.alpha[level], SCHEDULE.alpha_bar[level])
+    x, expected = torch.randn(2, 3, 2, dtype=torch.float64), plans().mean(1).double()
+    alpha_bar = SCHEDULE.alpha_bar[level]
+    aside = (1.0 - alpha_bar + 1e-8) / (1.0 - alpha_bar)  # what guards the score's denominator
+    score = aside * plan_score(x, expected, alpha_bar)
+    after = reverse_step(x, score, SCHEDULE.alpha[level], alpha_bar)
     wanted = math.sqrt(SCHEDULE.alpha_bar[level - 1]) * expected
-    torch.testing.assert_close(after, wanted, rtol=1e-4, atol=5e-5)  # 1e-8 in the score
+    torch.testing.assert_close(after, wanted, rtol=1e-5, atol=0.0)
 
 
 def quadratic(candidates):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from genpol.envs.settings import GymSettings, MujocoSettings
+from genpol.envs.settings import GymSettings, MujocoSettings, MultiTaskSettings
 from genpol.training.settings import EvaluationSettings, TrainSettings
 
 
@@ -25,3 +25,24 @@ def test_evaluations_step_as_many_environments_as_pay(
     evaluation = EvaluationSettings(num_envs=given)
     settings = TrainSettings(env=env, agent=None, num_envs=num_envs, evaluation=evaluation)
     assert settings.evaluation_envs(episodes) == together
+
+
+@pytest.mark.parametrize(
+    ("given", "episodes", "together"),
+    [
+        (EvaluationSettings(episodes=10, num_envs=10), 12, 12),
+        (EvaluationSettings(episodes=30, num_envs=10), 30, 12),
+        (EvaluationSettings(episodes=1), 3, 3),
+        (EvaluationSettings(episodes=7, episodes_per_task=10, num_envs=10), 30, 12),
+    ],
+)
+def test_tasks_are_evaluated_on_as_many_episodes_each(
+    given: EvaluationSettings, episodes: int, together: int
+) -> None:
+    env = MultiTaskSettings(tasks=["CartpoleSwingup", "PendulumSwingup", "ReacherEasy"])
+    settings = TrainSettings(env=env, agent=None, num_envs=1, evaluation=given)
+    assert settings.evaluation_episodes == episodes
+    assert settings.evaluation_envs(episodes) == together
+    alone = MultiTaskSettings(tasks=env.tasks, only="ReacherEasy")
+    settings = TrainSettings(env=alone, agent=None, num_envs=1, evaluation=given)
+    assert settings.evaluation_episodes == (given.episodes_per_task or given.episodes)

@@ -51,6 +51,22 @@ def test_searched_means_are_those_of_the_search():
         torch.testing.assert_close(found[i : i + 1], expected_plan(weights, plans))
 
 
+def test_a_candidate_whose_return_is_not_finite_counts_as_zero():
+    x, noise = torch.zeros(2, 3, 1), torch.randn(8, 3, 1, generator=generator())
+    alpha_bar = torch.full((2, 1, 1), SCHEDULE.alpha_bar[19])
+
+    def found(instead):
+        def returns(plans):
+            gained = -plans.square().sum((-2, -1))
+            gained[:, ::5] = instead
+            return gained
+
+        return searched_means(x, alpha_bar, returns, noise, temperature=0.5, task=TASK)
+
+    assert found(math.nan).isfinite().all()
+    assert found(math.nan).equal(found(0.0))
+
+
 def test_denoising_passes_the_levels_from_the_noisiest_down():
     seen = []
 
@@ -97,6 +113,17 @@ def fit(system, rounds):
         optimizer.step()
         schedule.step()
     return network
+
+
+def test_acting_by_the_network_explores_with_bounded_noise(system):
+    system.score = lambda state, x, levels: torch.full_like(x, 0.98)
+    system.state = lambda latent, task: latent
+    planner = ScorePlanner(system, horizon=3, schedule=SCHEDULE, steps=4, action_noise=0.05)
+    draws = planner.draw(400, generator())
+    found = planner.plan(torch.zeros(400, 1), torch.zeros(400, 3, 1), draws, TASK)
+    assert (found.action == 0.98).all()
+    torch.testing.assert_close(found.explored, (0.98 + 0.05 * draws["explore"]).clamp(-1.0, 1.0))
+    assert (found.explored == 1.0).any()
 
 
 @pytest.mark.slow

@@ -184,7 +184,11 @@ def test_masks_hide_what_a_task_does_not_use():
     assert (plans[1] == 1).all()
     assert task.repeat(2).mask.tolist() == task.mask.repeat_interleave(2, 0).tolist()
     assert task.tile(2).mask.tolist() == task.mask.repeat(2, 1).tolist()
-    assert task.first(1).mask.tolist() == task.mask[:1].tolist()
+    second = task.rows(torch.tensor([1]))
+    assert second.mask.tolist() == [[True, True]]
+    assert second.embedding.equal(model.tasks[:1])
+    assert task.width(2).tolist() == [1.0, 2.0]
+    assert model.task().width(2) == 2.0
     drawn = model.act(torch.rand(2, 16), torch.randn(2, 2), task).action
     assert drawn[0, 1] == 0.0
     assert drawn[1, 1] != 0.0

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from genpol.objectives.plan_search import search_schedule
-from genpol.world_model import DiffusionPlanner, EnergyScale, MPPIPlanner, PolicyPlanner, WorldModel
+from genpol.world_model import (
+    DiffusionPlanner,
+    EnergyScale,
+    MPPIPlanner,
+    PolicyPlanner,
+    ScorePlanner,
+    WorldModel,
+)
+from genpol.world_model import planning as searches
 from genpol.world_model.planning import imagined_return, policy_plans, reverse_diffusion
 from genpol.world_model.settings import ModelSize
 
@@ -46,6 +54,10 @@ def mppi(model, *, rounds=6, number=512, own=0, temperature=0.5):
         least=0.05,
         greatest=2.0,
     )
+
+
+def score(model, *, number=32, own=0):
+    return ScorePlanner(model, horizon=3, schedule=search_schedule(20), steps=4, action_noise=0.05)
 
 
 def search(planner, system, state, rows=20, seed=0):
@@ -147,6 +159,30 @@ def test_a_search_begins_at_the_plan_that_it_is_given():
     torch.testing.assert_close(found[0] - found[1], start, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["reverse_diffusion", "mppi"])
+def test_a_return_that_is_not_finite_counts_as_zero(kind, unknown):
+    start, noise = torch.zeros(1, 3, 1), torch.randn(3, 1, 32, 3, 1, generator=generator())
+    options = {"temperature": 0.5, "elites": 8}
+    if kind == "mppi":
+        options |= {"least": 0.05, "greatest": 2.0}
+    else:
+        options["schedule"] = search_schedule(4)
+
+    def found(instead):
+        def returns(plans, _):
+            gained = -plans.square().sum((-2, -1))
+            gained[:, ::5] = instead
+            return gained
+
+        return getattr(searches, kind)(start, returns, noise=noise, **options)
+
+    plan = found(unknown).plan
+    assert plan.isfinite().all()
+    assert plan.equal(found(0.0).plan)
+    assert not plan.equal(found(-1.0).plan)
+
+
 def test_environments_do_not_see_one_another(system):
     planner = diffusion(system, number=64)
     latent, start = torch.tensor([[0.3], [-0.6]]), torch.randn(2, 3, 1).clamp(-1, 1)
@@ -176,15 +212,8 @@ def test_exploration_adds_bounded_noise(system):
 
 
 def model(**options):
-    made = WorldModel(
-        3,
-        2,
-        SIZE,
-        horizon=3,
-        gamma=(0.9,) * max(1, len(options.get("action_dims", ()))),
-        generator=generator(),
-        **options,
-    )
+    options = {"gamma": (0.9,) * max(1, len(options.get("action_dims", ())))} | options
+    made = WorldModel(3, 2, SIZE, horizon=3, generator=generator(), **options)
     disturb(made)
     return made
 
@@ -196,16 +225,16 @@ def disturb(module):
         x.add_(0.3 * torch.randn(x.shape, generator=draw))
 
 
-def returns_by_hand(made, latent, plan, tail, members, energy=None):
-    task, total = made.task(), 0.0
+def returns_by_hand(made, latent, plan, tail, members, energy=None, *, gamma=0.9, task=None):
+    task, total = made.task() if task is None else task, 0.0
     for t in range(3):
         pair = made.pair(latent, plan[t], task)
-        total += 0.9**t * made.scalar.decode(made.reward(pair))
+        total += gamma**t * made.scalar.decode(made.reward(pair))
         if energy is not None:
-            total += 0.9**t * energy.bonus(made.energy(pair).squeeze(-1))
+            total += gamma**t * energy.bonus(made.energy(pair).squeeze(-1))
         latent = made.dynamics(pair)
     action = made.act(latent, tail, task).action
-    return total + 0.9**3 * made.values(latent, action, task, members=members).mean(0)
+    return total + gamma**3 * made.values(latent, action, task, members=members).mean(0)
 
 
 def test_the_imagined_return_by_hand():
@@ -225,6 +254,29 @@ def test_the_imagined_return_by_hand():
                     made, latent[e], plans[e, n], tails[e, n], members, scale
                 )
                 torch.testing.assert_close(found[e, n], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_task_s_return_is_discounted_by_its_own():
+    gammas = (0.95, 0.5)
+    made = model(action_dims=(2, 1), gamma=gammas)
+    told, members = torch.tensor([1, 0, 1]), torch.tensor([0, 1])
+    task = made.task(told)
+    latent = made.encode(torch.randn(3, 3), task)
+    plans, tails = torch.rand(3, 4, 3, 2) * 2 - 1, torch.randn(3, 4, 2)
+    found = imagined_return(made, latent, plans, tails, members, task)
+    for e, number in enumerate(told.tolist()):
+        alone = made.task(told[e : e + 1])
+        for n in range(4):
+            expected = returns_by_hand(
+                made,
+                latent[e : e + 1],
+                plans[e, n].unsqueeze(1),
+                tails[e, n].unsqueeze(0),
+                members,
+                gamma=gammas[number],
+                task=alone,
+            )
+            torch.testing.assert_close(found[e, n], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_earned_behind_a_predicted_end():
@@ -253,11 +305,11 @@ def test_nothing_is_earned_behind_a_predicted_end():
 
 
 @pytest.mark.parametrize(
-    "make", [diffusion, mppi, lambda made, **_: PolicyPlanner(made, horizon=3)]
+    "make", [diffusion, mppi, score, lambda made, **_: PolicyPlanner(made, horizon=3)]
 )
 def test_dimensions_that_a_task_does_not_use_stay_zero(make):
     """Oracle 16."""
-    made = model(action_dims=(2, 1))
+    made = model(action_dims=(2, 1), score=True)
     task = made.task(torch.tensor([0, 1, 1]))
     planner = make(made, number=32, own=4) if make is not mppi else mppi(made, number=96, own=4)
     seen = []

@@ -33,8 +33,8 @@ class Scene(InteractiveSceneCfg):
             "legs": ImplicitActuatorCfg(
                 joint_names_expr=[".*"],
                 joint_effort_limit=24.0,
-                stiffness=25.0,
-                damping=0.6,
+                stiffness=40.0,
+                damping=1.0,
                 armature=0.005,
             )
         },

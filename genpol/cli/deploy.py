@@ -220,8 +220,9 @@ def _control(
 ) -> Report:
     from functools import partial
 
-    from genpol.deploy.controller import Controller, await_robot, start_commands, take_priority
+    from genpol.deploy.controller import Controller
     from genpol.deploy.safety import SafetyFilter
+    from genpol.deploy.start import await_robot, start_commands, take_priority
 
     reason = take_priority()
     if reason:

@@ -16,17 +16,13 @@ stop it until somebody resets it. A tick that is late is not made up for: the de
 
 from __future__ import annotations
 
-import gc
 import math
-import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Protocol
 
 from genpol import settings as check
@@ -34,95 +30,12 @@ from genpol.deploy.chunks import Answer, ChunkPlayer
 from genpol.deploy.contract import Contract
 from genpol.deploy.links.base import Link, Observed
 from genpol.deploy.safety import Command, Event, ObservationGuard, SafetyFilter, Watchdog
-from genpol.errors import ConfigError, GenpolError
+from genpol.deploy.start import start_commands, undisturbed
+from genpol.errors import ConfigError
 
 _CHECK_S = 0.1
 _SETTLE_S = 60.0
 _TOLD_EVENTS = 100
-_PRIORITY = 20
-
-
-class LinkError(GenpolError):
-    """The robot does not answer."""
-
-
-def await_robot(link: Link, timeout_s: float) -> Observed:
-    """Return the first observation.
-
-    Raises:
-        LinkError: If none comes in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        left = deadline - time.monotonic()
-        observed = link.read(min(0.1, max(0.0, left)))
-        if observed is not None:
-            return observed
-        if left <= 0.0:
-            raise LinkError(
-                f"link: no observation within {timeout_s:g} s; see that the robot's side runs, and "
-                "that address, key and names are the same on both sides"
-            )
-
-
-def take_priority() -> str:
-    """Have this process run before others that want its core; return why that was not to be had."""
-    if not hasattr(os, "sched_setscheduler"):
-        return "this system has no real-time scheduling"
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
-    except OSError as error:
-        return f"{error.strerror}; see `ulimit -r` and CAP_SYS_NICE"
-    return ""
-
-
-def start_commands(
-    contract: Contract, first: Observed, given: Mapping[str, float] = MappingProxyType({})
-) -> list[float]:
-    """Return the commands that a robot is at when it begins.
-
-    Joints that are told positions begin where they stand, others at what does nothing.
-
-    Args:
-        contract: What is observed and commanded.
-        first: An observation.
-        given: Commands of joints that do not tell where they stand.
-
-    Raises:
-        ConfigError: If it is not observed where a joint stands, in its own unit, or it stands
-            beyond its limits.
-    """
-    places = {channel.name: index for index, channel in enumerate(contract.observation)}
-    found = []
-    for joint in contract.action:
-        if joint.name in given:
-            found.append(given[joint.name])
-            continue
-        if joint.interface != "position":
-            found.append(joint.neutral)
-            continue
-        place = places.get(f"{joint.name}.position")
-        value = math.nan if place is None or place >= len(first.values) else first.values[place]
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"joint {joint.name!r}: is told positions, but the robot does not tell where it "
-                f"stands; name an observation {joint.name}.position in robot=<file> of genpol "
-                "export, or give start={joint: command, ...}"
-            )
-        assert place is not None
-        unit = contract.observation[place].unit
-        if unit not in ("1", joint.unit):  # 1 where nobody has said
-            raise ConfigError(
-                f"joint {joint.name!r}: is told {joint.unit}, and {joint.name}.position is in "
-                f"{unit}; give both in one unit in robot=<file> of genpol export"
-            )
-        if not joint.low <= value <= joint.high:
-            raise ConfigError(
-                f"joint {joint.name!r}: stands at {value:g} {unit}, beyond its limits "
-                f"[{joint.low:g}, {joint.high:g}]; move it within them first"
-            )
-        found.append(value)
-    return found
 
 
 class Planner(Protocol):
@@ -267,7 +180,7 @@ class Controller:
         safety: Between both.
         settings: How to wait.
         standing: Returns the commands that a robot is at, from an observation, where it goes on
-            after a stop; by default :func:`start_commands`.
+            after a stop; by default :func:`~genpol.deploy.start.start_commands`.
         look_on: Called after each command, with what was done; it must not take long.
         clock: Monotonic, in seconds.
         sleep: Sleeps so many seconds.
@@ -322,12 +235,12 @@ class Controller:
         """Run for so long or until :meth:`stop`, bring the robot to rest, and tell what happened.
 
         Args:
-            first: What :func:`await_robot` returned, just before.
+            first: What :func:`~genpol.deploy.start.await_robot` returned, just before.
             seconds: For how long.
         """
         period, report = self._contract.period_s, self.report
         last = math.inf if seconds == math.inf else math.ceil(seconds / period - 1e-9)
-        with _undisturbed():
+        with undisturbed():
             start = self._clock()
             try:
                 number = self._run(first, start, last)
@@ -525,17 +438,3 @@ class History:
         shown, goal = observation[:width], observation[width:]
         self._shown = [*self._shown[1:], shown] if self._shown else [shown] * self._steps
         return [x for part in (*self._shown, goal) for x in part]
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep the garbage collector from pausing the loop."""
-    enabled = gc.isenabled()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()

@@ -52,7 +52,7 @@ def limited(reacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
 @pytest.fixture(autouse=True)
 def _considerate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the tests' own process without real-time priority, and do not tidy up for long."""
-    monkeypatch.setattr("genpol.deploy.controller.take_priority", lambda: "not in tests")
+    monkeypatch.setattr("genpol.deploy.start.take_priority", lambda: "not in tests")
     monkeypatch.setattr("gc.collect", lambda *_: 0)
 
 

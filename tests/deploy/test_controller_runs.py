@@ -17,16 +17,10 @@ import pytest
 
 from genpol.deploy import controller as controlling
 from genpol.deploy.contract import Channel, Contract
-from genpol.deploy.controller import (
-    ControllerSettings,
-    LinkError,
-    Tick,
-    await_robot,
-    start_commands,
-    take_priority,
-)
+from genpol.deploy.controller import ControllerSettings, Tick
 from genpol.deploy.links import Link, Observed
 from genpol.deploy.safety import Command, JointLimits, Mode
+from genpol.deploy.start import LinkError, await_robot, start_commands, take_priority
 from genpol.errors import ConfigError
 
 PERIOD = 2.0**-6  # of the rig

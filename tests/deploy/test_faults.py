@@ -25,20 +25,14 @@ import pytest
 
 from genpol.deploy.bundle import Bundle
 from genpol.deploy.contract import Channel, Contract
-from genpol.deploy.controller import (
-    Controller,
-    ControllerSettings,
-    Report,
-    Tick,
-    await_robot,
-    start_commands,
-)
+from genpol.deploy.controller import Controller, ControllerSettings, Report, Tick
 from genpol.deploy.links import Observed
 from genpol.deploy.links.udp import UdpLink, UdpRobot, parse_address
 from genpol.deploy.messages import Endpoint, Kind
 from genpol.deploy.policy_process import PolicyProcess
 from genpol.deploy.reporting import summary
 from genpol.deploy.safety import Command, JointLimits, Mode, SafetyFilter
+from genpol.deploy.start import await_robot, start_commands
 
 pytestmark = pytest.mark.usefixtures("uncollected")
 

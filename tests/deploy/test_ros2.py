@@ -19,19 +19,12 @@ import pytest
 
 from genpol.deploy.chunks import Answer
 from genpol.deploy.contract import Channel, Contract
-from genpol.deploy.controller import (
-    Controller,
-    ControllerSettings,
-    LinkError,
-    Report,
-    Tick,
-    await_robot,
-    start_commands,
-)
+from genpol.deploy.controller import Controller, ControllerSettings, Report, Tick
 from genpol.deploy.links import Observed
 from genpol.deploy.links.ages import Ages
 from genpol.deploy.links.ros2 import Ros2Link, peer_configuration
 from genpol.deploy.safety import Command, JointLimits, Mode, SafetyFilter
+from genpol.deploy.start import LinkError, await_robot, start_commands
 from genpol.errors import ConfigError
 
 pytest.importorskip("cyclonedds", reason="needs the extra genpol[ros2]")

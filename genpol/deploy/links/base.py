@@ -26,8 +26,12 @@ class Link(ABC):
     """A connection to a robot, used from one thread.
 
     A link says nothing of what it does not know: a silent robot is one from which :meth:`read`
-    returns ``None``, and what comes of that is the controller's to decide.
+    returns ``None``, and what comes of that is the controller's to decide. A link keeps why the
+    robot's side wants a stop in ``_stop``, and in ``_reset`` that it asked to go on.
     """
+
+    _stop = ""
+    _reset = False
 
     @abstractmethod
     def open(self) -> None:
@@ -52,11 +56,12 @@ class Link(ABC):
     @property
     def stop_requested(self) -> str:
         """Why the robot's side wants a stop; empty if it does not."""
-        return ""
+        return self._stop
 
     def take_reset(self) -> bool:
         """Return whether the robot's side asked to go on after a stop since this was last asked."""
-        return False
+        asked, self._reset = self._reset, False
+        return asked
 
     def statistics(self) -> dict[str, int]:
         """Return counts of what was lost or dropped."""

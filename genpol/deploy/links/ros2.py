@@ -93,8 +93,6 @@ class Ros2Link(Link):
         self._ages = Ages()
         self._counts = {"unknown joints": 0, "wrong size": 0}
         self._entities: list[Any] = []
-        self._stop = ""
-        self._reset = False
 
     def open(self) -> None:
         """See :class:`~genpol.deploy.links.Link`; a robot may come up later."""
@@ -154,16 +152,6 @@ class Ros2Link(Link):
         point = ros.JointTrajectoryPoint(positions=command.values, time_from_start=ahead)
         # A header of zeros: carry it out when it comes.
         self._writer.write(ros.JointTrajectory(joint_names=self._joints, points=[point]))
-
-    @property
-    def stop_requested(self) -> str:
-        """See :class:`~genpol.deploy.links.Link`."""
-        return self._stop
-
-    def take_reset(self) -> bool:
-        """See :class:`~genpol.deploy.links.Link`."""
-        asked, self._reset = self._reset, False
-        return asked
 
     def statistics(self) -> dict[str, int]:
         """See :class:`~genpol.deploy.links.Link`."""

@@ -91,8 +91,6 @@ class UdpLink(Link):
         self._socket = _Socket(key)
         self._ages = Ages()
         self._greeted_s = self._heard_s = -math.inf
-        self._stop = ""
-        self._reset = False
 
     def open(self) -> None:
         """See :class:`~genpol.deploy.links.Link`; a robot may come up later."""
@@ -156,16 +154,6 @@ class UdpLink(Link):
         mode = _MODES.index(command.mode)
         datagram = self._socket.endpoint.message(Kind.COMMAND, command.values, mode=mode)
         self._socket.send(datagram, self._address)
-
-    @property
-    def stop_requested(self) -> str:
-        """See :class:`~genpol.deploy.links.Link`."""
-        return self._stop
-
-    def take_reset(self) -> bool:
-        """See :class:`~genpol.deploy.links.Link`."""
-        asked, self._reset = self._reset, False
-        return asked
 
     def statistics(self) -> dict[str, int]:
         """See :class:`~genpol.deploy.links.Link`."""

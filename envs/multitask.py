@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 
+from genpol.envs.base import BatchedEnv
 from genpol.envs.mujoco.env import MujocoEnv
 from genpol.envs.settings import MultiTaskSettings
 from genpol.errors import ConfigError
@@ -33,7 +32,7 @@ class TaskSizes(NamedTuple):
         return cls(observation, env.action_spec.shape[-1], env.max_episode_steps)
 
 
-class MultiTaskEnv(EnvBase):
+class MultiTaskEnv(BatchedEnv):
     """Environment i plays task i modulo K of the K that are played.
 
     Observations are those of the task, zeros up to the widest task's, and then one number for each
@@ -58,7 +57,6 @@ class MultiTaskEnv(EnvBase):
         ConfigError: If a task is wider than the settings allow.
     """
 
-    batch_locked = True
     name = "multitask"
 
     def __init__(
@@ -70,7 +68,7 @@ class MultiTaskEnv(EnvBase):
         device: torch.device | str = "cpu",
     ) -> None:
         number = sum(env.batch_size[0] for env in environments.values())
-        super().__init__(device=torch.device(device), batch_size=torch.Size([number]))
+        super().__init__(number, device=device)
         self._envs = dict(environments)
         first = next(iter(self._envs.values()))
         self._names = list(sizes)
@@ -82,30 +80,13 @@ class MultiTaskEnv(EnvBase):
             "observation", settings, [x.observation for x in sizes.values()]
         )
         self.action_width = _width("action", settings, [x.action for x in sizes.values()])
-        self._make_specs()
+        shown = torch.zeros(number, self.observation_width + len(self.tasks))
+        self.declare({"observation": shown}, action_dim=self.action_width)
 
     @property
     def num_diverged(self) -> int:
         """Episodes that ended by divergence so far."""
         return sum(env.num_diverged for env in self._envs.values())
-
-    def _make_specs(self) -> None:
-        (n,) = self.batch_size
-        device: dict[str, Any] = {"device": self.device}
-        flag = {"shape": (n, 1), "dtype": torch.bool, **device}
-        self.observation_spec = Composite(
-            observation=Unbounded((n, self.observation_width + len(self.tasks)), **device),
-            diverged=Binary(1, **flag),
-            is_init=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, self.action_width), **device)
-        self.reward_spec = Unbounded((n, 1), **device)
-        names = ("done", "terminated", "truncated")
-        self.full_done_spec = Composite(
-            {name: Binary(1, **flag) for name in names}, shape=(n,), **device
-        )
 
     def _rows(self) -> list[tuple[slice, str, MujocoEnv]]:
         """Return which rows each task has."""

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.data import Bounded
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
 
-from genpol.errors import CheckpointError, ConfigError, EnvironmentFault, GenpolError
+from genpol.envs.base import BatchedEnv
+from genpol.errors import ConfigError, EnvironmentFault, GenpolError
 
 # The time limit of environments that declare none.
 _DEFAULT_EPISODE_STEPS = 1000
@@ -53,7 +54,7 @@ class Family:
     indexed: bool = False
 
 
-class TorchrlEnv(EnvBase):
+class TorchrlEnv(BatchedEnv):
     """``num_envs`` torchrl environments of one kind as a batch-locked environment ``[num_envs]``.
 
     Observations are concatenated in the environment's own order to one float32 vector; actions in
@@ -82,8 +83,6 @@ class TorchrlEnv(EnvBase):
         EnvironmentFault: If an environment raises or a worker dies, here or later.
     """
 
-    batch_locked = True
-
     def __init__(
         self,
         name: str,
@@ -94,9 +93,8 @@ class TorchrlEnv(EnvBase):
         seed: int,
         stagger: bool = False,
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        super().__init__(num_envs, device=device)
         self.name = name
-        self.action_repeat = 1
         self.num_diverged = 0
         self._family = family
         self._stagger = stagger
@@ -128,34 +126,7 @@ class TorchrlEnv(EnvBase):
             for key, dtype in self._family.extras.items()
         }
         self._is_init = torch.ones(n, 1, dtype=torch.bool)
-        self._make_specs(self._low.numel())
-
-    def _make_specs(self, action_dim: int) -> None:
-        n = self.batch_size[0]
-        device: dict[str, Any] = {"device": self.device}
-        flag = {"shape": (n, 1), "dtype": torch.bool, **device}
-        seen = {
-            key: Binary(x.shape[-1], shape=x.shape, dtype=x.dtype, **device)
-            if x.dtype == torch.bool
-            else Unbounded(x.shape, dtype=x.dtype, **device)
-            for key, x in self._seen.items()
-        }
-        self.observation_spec = Composite(
-            **seen,
-            diverged=Binary(1, **flag),
-            is_init=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, action_dim), **device)
-        self.reward_spec = Unbounded((n, 1), **device)
-        self.full_done_spec = Composite(
-            done=Binary(1, **flag),
-            terminated=Binary(1, **flag),
-            truncated=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
+        self.declare(self._seen, action_dim=self._low.numel())
 
     def _start(self, num_envs: int) -> EnvBase:
         if num_envs == 1:
@@ -199,8 +170,7 @@ class TorchrlEnv(EnvBase):
             self._elapsed = torch.randint(
                 self.max_episode_steps, self._elapsed.shape, generator=self._generator
             )
-        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
-        return self._output(flag, flag, flag)
+        return self.output(self._seen, is_init=self._is_init)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         action = tensordict["action"].to("cpu", torch.float64).clamp(-1.0, 1.0)
@@ -219,20 +189,13 @@ class TorchrlEnv(EnvBase):
         terminated = after["terminated"].view(-1, 1) & ~diverged
         out_of_time = (self._elapsed >= self.max_episode_steps).unsqueeze(-1)
         truncated = after["truncated"].view(-1, 1) | out_of_time | diverged
-        return self._output(diverged, terminated, truncated).set("reward", reward.to(self.device))
-
-    def _output(self, diverged: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
-        return TensorDict(
-            {
-                **self._seen,
-                "is_init": self._is_init,
-                "diverged": diverged.clone(),
-                "terminated": terminated.clone(),
-                "truncated": truncated.clone(),
-                "done": terminated | truncated,
-            },
-            self.batch_size,
-            device=self.device,
+        return self.output(
+            self._seen,
+            is_init=self._is_init,
+            diverged=diverged,
+            terminated=terminated,
+            truncated=truncated,
+            reward=reward,
         )
 
     def _read_observation(self, after: TensorDictBase) -> dict[str, Tensor]:
@@ -286,18 +249,6 @@ class TorchrlEnv(EnvBase):
         if self._inner is not None:
             self._inner.is_closed = True
             self._inner = None
-
-    def state_dict_of_simulation(self) -> None:
-        """Return None: these simulators cannot be saved; episodes restart on resuming."""
-        return
-
-    def load_simulation(self, state: dict[str, Tensor] | None) -> None:
-        """Accept None, which is all that :meth:`state_dict_of_simulation` returns."""
-        if state is not None:
-            raise CheckpointError(
-                f"environment {self.name} cannot restore a simulation: the checkpoint belongs to "
-                "another environment"
-            )
 
     def render(self, index: int = 0, *, height: int = 360, width: int = 480) -> np.ndarray:
         """Draw the environment as ``uint8 [H, W, 3]``; gymnasium chooses the size itself.

@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 
+from genpol.envs.base import BatchedEnv
 from genpol.envs.isaaclab.simulation import open_simulation
 from genpol.envs.settings import IsaacLabSettings, label
-from genpol.errors import CheckpointError, ConfigError, EnvironmentFault
+from genpol.errors import ConfigError, EnvironmentFault
 
 
-class IsaacLabEnv(EnvBase):
+class IsaacLabEnv(BatchedEnv):
     """``num_envs`` copies of a task of Isaac Lab as a batch-locked environment ``[num_envs]``.
 
     Of the task's observation groups ``policy`` is the ``observation``, and ``critic``, where the
@@ -47,8 +46,6 @@ class IsaacLabEnv(EnvBase):
         MissingExtraError: If Isaac Lab is not installed.
     """
 
-    batch_locked = True
-
     def __init__(
         self,
         settings: IsaacLabSettings,
@@ -58,9 +55,8 @@ class IsaacLabEnv(EnvBase):
         seed: int,
         stagger: bool = False,
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        super().__init__(num_envs, device=device)
         self.name = label(settings)
-        self.action_repeat = 1
         self._bound = settings.action_bound
         self._stagger = stagger
         self.sim, self._cleanup = open_simulation(
@@ -73,10 +69,13 @@ class IsaacLabEnv(EnvBase):
         # Whose episode Isaac Lab has started anew since they were last reset here.
         self._fresh = torch.zeros(num_envs, 1, dtype=torch.bool, **home)
         self._is_init = torch.ones(num_envs, 1, dtype=torch.bool, **home)
-        self._keys = self._make_specs()
+        self._keys, action_dim = self._read_spaces()
+        groups = self.sim.single_observation_space
         self._seen = {
-            key: torch.zeros(self.observation_spec[key].shape, **home) for key in self._keys
+            key: torch.zeros(num_envs, *groups[group].shape, **home)
+            for key, group in self._keys.items()
         }
+        self.declare(self._seen, action_dim=action_dim)
         self.is_closed = False
         self.set_seed(seed)
 
@@ -91,11 +90,10 @@ class IsaacLabEnv(EnvBase):
         elapsed: Tensor = self.sim.episode_length_buf
         return elapsed
 
-    def _make_specs(self) -> dict[str, str]:
-        """Set the specs and return the task's observation group of each of our keys."""
+    def _read_spaces(self) -> tuple[dict[str, str], int]:
+        """Return the task's observation group of each of our keys, and the width of actions."""
         from gymnasium.spaces import Box
 
-        (n,) = self.batch_size
         groups, space = self.sim.single_observation_space, self.sim.single_action_space
         if not isinstance(space, Box) or len(space.shape) != 1:
             raise self._refused(
@@ -110,25 +108,7 @@ class IsaacLabEnv(EnvBase):
                 raise self._refused(
                     f"has observations {group!r} in {inner}; only vectors of numbers are supported"
                 )
-        device: dict[str, Any] = {"device": self.device}
-        flag = {"shape": (n, 1), "dtype": torch.bool, **device}
-        self.observation_spec = Composite(
-            **{key: Unbounded((n, *groups[group].shape), **device) for key, group in keys.items()},
-            diverged=Binary(1, **flag),
-            is_init=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, *space.shape), **device)
-        self.reward_spec = Unbounded((n, 1), **device)
-        self.full_done_spec = Composite(
-            done=Binary(1, **flag),
-            terminated=Binary(1, **flag),
-            truncated=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
-        return keys
+        return keys, space.shape[0]
 
     def _refused(self, why: str) -> ConfigError:
         self._cleanup.close()
@@ -157,8 +137,7 @@ class IsaacLabEnv(EnvBase):
             assert mask is not None
             self._fresh &= ~mask
             self._is_init = self._is_init | mask
-        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        return self._output(flag, flag, flag, self._seen)
+        return self.output(self._seen, is_init=self._is_init)
 
     def _restart(self, rows: Tensor) -> None:
         """Start episodes anew in the midst of them, which Isaac Lab itself does only at ends."""
@@ -216,36 +195,14 @@ class IsaacLabEnv(EnvBase):
         self._is_init = torch.zeros_like(diverged)
         # What reset() gives: the new episode where one has begun, else what was just seen.
         self._seen = {key: torch.where(self._fresh, shown[key], last[key]) for key in last}
-        out = self._output(diverged, terminated, truncated, last)
-        return out.set("reward", torch.where(diverged, 0.0, reward))
-
-    def _output(
-        self, diverged: Tensor, terminated: Tensor, truncated: Tensor, seen: dict[str, Tensor]
-    ) -> TensorDict:
-        return TensorDict(
-            {
-                **seen,
-                "is_init": self._is_init,
-                "diverged": diverged.clone(),
-                "terminated": terminated.clone(),
-                "truncated": truncated.clone(),
-                "done": terminated | truncated,
-            },
-            self.batch_size,
-            device=self.device,
+        return self.output(
+            last,
+            is_init=self._is_init,
+            diverged=diverged,
+            terminated=terminated,
+            truncated=truncated,
+            reward=torch.where(diverged, 0.0, reward),
         )
-
-    def state_dict_of_simulation(self) -> None:
-        """Return None: Isaac Lab cannot save all of a task; episodes restart on resuming."""
-        return
-
-    def load_simulation(self, state: dict[str, Tensor] | None) -> None:
-        """Accept None, which is all that :meth:`state_dict_of_simulation` returns."""
-        if state is not None:
-            raise CheckpointError(
-                f"environment {self.name} cannot restore a simulation: the checkpoint belongs to "
-                "another environment"
-            )
 
     def render(self, index: int = 0, *, height: int = 360, width: int = 480) -> np.ndarray:
         """Refuse: pictures of Isaac Lab need its own renderers.

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 
+from genpol.envs.base import BatchedEnv
 from genpol.envs.mujoco.simulation import BatchedSimulation, Stage
 from genpol.envs.mujoco.task import Task
 from genpol.errors import ConfigError, GenpolError
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from genpol.envs.mujoco.warp_simulation import WarpSimulation
 
 
-class MujocoEnv(EnvBase):
+class MujocoEnv(BatchedEnv):
     """``num_envs`` copies of one task as a batch-locked environment ``[num_envs]``.
 
     A simulation that diverges (bad state, huge or non-finite observation or an error inside MuJoCo)
@@ -59,8 +58,6 @@ class MujocoEnv(EnvBase):
         ConfigError: If the settings do not fit the task.
     """
 
-    batch_locked = True
-
     def __init__(
         self,
         name: str,
@@ -78,7 +75,7 @@ class MujocoEnv(EnvBase):
         backend: str = "batch",
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        super().__init__(num_envs, device=device)
         if episode_steps > task.max_episode_steps:
             raise ConfigError(
                 f"env.train_episode_steps = {episode_steps}: must be at most the "
@@ -126,7 +123,11 @@ class MujocoEnv(EnvBase):
         self.set_seed(seed)
         self._start(self._all)
         self._observation = self._observe()
-        self._make_specs()
+        self.declare(
+            {"observation": self._observation},
+            action_dim=task.action_dim,
+            num_rewards=max(1, len(self.reward_terms)),
+        )
 
     def _simulate(
         self, backend: str, num_envs: int, num_threads: int
@@ -149,27 +150,6 @@ class MujocoEnv(EnvBase):
         """Seconds of simulated time per call of ``step``."""
         return self.task.control_period_s * self.action_repeat
 
-    def _make_specs(self) -> None:
-        n, dim = self._observation.shape
-        device: dict[str, Any] = {"device": self.device}
-        flag = {"shape": (n, 1), "dtype": torch.bool, **device}
-        self.observation_spec = Composite(
-            observation=Unbounded((n, dim), **device),
-            diverged=Binary(1, **flag),
-            is_init=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
-        self.action_spec = Bounded(-1.0, 1.0, (n, self.task.action_dim), **device)
-        self.reward_spec = Unbounded((n, max(1, len(self.reward_terms))), **device)
-        self.full_done_spec = Composite(
-            done=Binary(1, **flag),
-            terminated=Binary(1, **flag),
-            truncated=Binary(1, **flag),
-            shape=(n,),
-            **device,
-        )
-
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self.generator.manual_seed(seed)
@@ -187,19 +167,7 @@ class MujocoEnv(EnvBase):
             # Rows of simulations that run on are recomputed from unchanged fields, unless they
             # diverged in a step whose reset was refused; keep those as they were.
             self._observation = torch.where(mask.view(-1, 1), self._observe(), self._observation)
-        flag = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.sim.device)
-        return TensorDict(
-            {
-                "observation": self._observation,
-                "diverged": flag,
-                "is_init": self._is_init,
-                "done": flag.clone(),
-                "terminated": flag.clone(),
-                "truncated": flag.clone(),
-            },
-            self.batch_size,
-            device=self.device,
-        )
+        return self.output({"observation": self._observation}, is_init=self._is_init)
 
     def _reset_all(self) -> None:
         if self._restored:  # load_simulation() has put everything in place
@@ -266,18 +234,13 @@ class MujocoEnv(EnvBase):
             self._over = terminated | truncated
             self._until_regroup -= 1
             truncated |= self._until_regroup == 0
-        return TensorDict(
-            {
-                "observation": observation,
-                "reward": reward,
-                "diverged": diverged.unsqueeze(-1),
-                "is_init": self._is_init,
-                "terminated": terminated.unsqueeze(-1),
-                "truncated": truncated.unsqueeze(-1),
-                "done": (terminated | truncated).unsqueeze(-1),
-            },
-            self.batch_size,
-            device=self.device,
+        return self.output(
+            {"observation": observation},
+            is_init=self._is_init,
+            diverged=diverged.unsqueeze(-1),
+            terminated=terminated.unsqueeze(-1),
+            truncated=truncated.unsqueeze(-1),
+            reward=reward,
         )
 
     def _control_step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -36,9 +36,8 @@ pixels, which are off in all of the paper's experiments from states.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ from genpol import settings as check
 from genpol.agent import Specs
 from genpol.finetuning import FinetuneSettings, FinetuningAgent
 from genpol.finetuning.agent import Parts, follow
+from genpol.nn.optimizer import half_cosine
 from genpol.objectives.critic_groups import ADVANTAGES, group_advantage
 from genpol.objectives.surrogates import clamped_log_ratio, ppo_clip
 from genpol.offline.behaviour import as_chunk, draw_imitation, imitation_loss, sample_chunks
@@ -92,6 +92,8 @@ PRESETS = {
 @dataclass(frozen=True, kw_only=True)
 class Settings(FinetuneSettings):
     """Hyper-parameters of OGPO. What may be null is the preset's unless it is set."""
+
+    decays: ClassVar[bool] = True
 
     preset: str = "ogpo_ca"
     """`ogpo`, `ogpo_plus`, `ogpo_ca` or `reproduce`; see the module."""
@@ -382,9 +384,7 @@ class OGPO(FinetuningAgent):
         if updates < settings.warmup_updates:
             return settings.learning_rate * (updates + 1) / settings.warmup_updates
         share = (updates - settings.warmup_updates) / settings.decay_updates
-        falling = 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
-        end = settings.final_learning_rate
-        return end + falling * (settings.learning_rate - end)
+        return half_cosine(settings.learning_rate, settings.final_learning_rate, share)
 
     def training_state(self) -> dict[str, Any]:
         """See :class:`~genpol.finetuning.FinetuningAgent`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from genpol import settings as check
+from genpol.errors import ConfigError
 from genpol.objectives.critic_groups import SAMPLE_MEANS
 from genpol.offline.settings import FlowSettings
 
@@ -21,6 +22,8 @@ class FinetuneSettings(FlowSettings):
     ``normalize_observations``) comes with it.
     """
 
+    decays: ClassVar[bool] = False
+    """Whether a step size falls as ``decay_updates`` says."""
     run_defaults: ClassVar[Mapping[str, Any]] = {
         "total_steps": 200_000,
         "num_envs": 1,
@@ -60,6 +63,11 @@ class FinetuneSettings(FlowSettings):
         for name in ("num_critics", "target_samples", "policy_period"):
             check.at_least(f"agent.{name}", getattr(self, name), 1)
         check.positive("agent.critic_learning_rate", self.critic_learning_rate)
+        if self.decay_updates > 0 and not self.decays:
+            raise ConfigError(
+                f"agent.decay_updates = {self.decay_updates}: the step sizes of this agent are "
+                "constant; leave it 0"
+            )
         check.one_of("agent.target", self.target, TARGETS)
         check.one_of("agent.target_sample_mean", self.target_sample_mean, SAMPLE_MEANS)
         check.within("agent.polyak", self.polyak, 0.0, 1.0)

@@ -24,6 +24,14 @@ class AdamMoments(NamedTuple):
     eps: float
 
 
+def half_cosine(start: float, end: float, share: float) -> float:
+    """Return what is between ``start`` and ``end`` after a share of the way, along half a cosine.
+
+    Loshchilov & Hutter, arXiv 1608.03983, equation 5, without restarts.
+    """
+    return end + 0.5 * (1.0 + math.cos(math.pi * min(1.0, share))) * (start - end)
+
+
 class GuardedOptimizer:
     """Adam (Kingma & Ba 2015, algorithm 1) behind a gradient clip and a guard against NaN.
 

@@ -14,7 +14,7 @@ from genpol.agent import DatasetAgent
 from genpol.data.dataset import OfflineDataset
 from genpol.errors import ConfigError
 from genpol.nn.compiling import compiled
-from genpol.nn.optimizer import GuardedOptimizer
+from genpol.nn.optimizer import GuardedOptimizer, half_cosine
 from genpol.offline.behaviour import draw_noise
 from genpol.offline.chunk_agent import ChunkAgent, Draws, Windows
 from genpol.policies.guidance import GuidanceSettings
@@ -128,7 +128,13 @@ class OfflineAgent(ChunkAgent, DatasetAgent):
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Take one step on windows ``[B]``."""
-        windows = self.windows(batch)
+        windows, settings = self.windows(batch), self.settings
+        if settings.decay_updates > 0:
+            self._optimizer.learning_rate = half_cosine(
+                settings.learning_rate,
+                settings.final_learning_rate,
+                self.gradient_steps / settings.decay_updates,
+            )
         loss, metrics = (self._compiled or self.loss)(windows, self.draw(len(batch)))
         with torch.no_grad():
             for slow, live, share in self.averages():

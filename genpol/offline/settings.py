@@ -64,6 +64,10 @@ class OfflineSettings:
     """Discount per transition."""
     learning_rate: float = 3e-4
     """Adam step size of all networks."""
+    decay_updates: int = 0
+    """Updates over which the step size falls, along half a cosine; 0 for none, as published."""
+    final_learning_rate: float = 1e-5
+    """Adam step size after that."""
     max_grad_norm: float = math.inf
     """The gradient of all networks together is clipped to this global norm."""
     actor: NetworkSettings = field(default_factory=_actor_network)
@@ -92,8 +96,9 @@ class OfflineSettings:
         """Refuse values out of bounds."""
         for name in ("horizon", "batch_size", "replay_capacity", "nonfinite_patience"):
             check.at_least(f"agent.{name}", getattr(self, name), 1)
-        for name in ("learning_rate", "updates_per_step"):
+        for name in ("learning_rate", "final_learning_rate", "updates_per_step"):
             check.positive(f"agent.{name}", getattr(self, name))
+        check.at_least("agent.decay_updates", self.decay_updates, 0)
         check.at_least("agent.max_grad_norm", self.max_grad_norm, 1e-9, infinite=True)
         check.at_least("agent.online_warmup_steps", self.online_warmup_steps, 0)
         check.within("agent.action_steps", self.action_steps, 0, self.horizon - self.past_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -75,6 +76,30 @@ def test_an_update_changes_every_network(name):
     after = dict(agent.named_parameters())
     changed = {key.split(".")[0] for key, x in before.items() if not torch.equal(x, after[key])}
     assert changed == {key.split(".")[0] for key in before}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_the_step_size_falls_along_half_a_cosine(name):
+    agent = make(name, learning_rate=1.0e-3, final_learning_rate=1e-5, decay_updates=4)
+    found = []
+    for _ in range(6):
+        agent.update(windows(horizon_of(name)))
+        found.append(agent._optimizer.learning_rate)
+    middle, side = 0.505e-3, 0.495e-3 * math.cos(math.pi / 4)
+    expected = [1e-3, middle + side, middle, middle - side, 1e-5, 1e-5]
+    assert found == pytest.approx(expected)
+
+
+def test_the_step_size_goes_on_falling_after_a_resumption():
+    first, second = (make("bc", decay_updates=4) for _ in range(2))
+    for seed in range(2):
+        first.update(windows(1, seed))
+    second.load_state_dict(first.state_dict())
+    second.load_training_state(first.training_state())
+    for agent in (first, second):
+        agent.update(windows(1, 2))
+    assert second._optimizer.learning_rate == first._optimizer.learning_rate
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +227,9 @@ def test_observations_are_standardised_for_all_networks_alike():
         ("dqc", {"goals": GoalSettings(rule="step")}, "set agent.goals.rule=reach"),
         ("bc", {"goal_weight": 2.0, "goal_dropout": 0.0}, "agent.goal_dropout=0.1"),
         ("qc", {"policy": "one_stp"}, "Did you mean 'one_step'"),
+        ("bc", {"decay_updates": -1}, r"agent\.decay_updates = -1: must be >= 0"),
+        ("iql", {"final_learning_rate": 0.0}, r"agent\.final_learning_rate = 0\.0: must be"),
+        ("dsrl", {"decay_updates": 10}, "step sizes of this agent are constant; leave it 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(name, options, message):

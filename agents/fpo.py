@@ -23,6 +23,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol import settings as check
 from genpol.agent import Specs
 from genpol.errors import ConfigError
@@ -81,11 +82,10 @@ class FlowMatchingLikelihood(Likelihood):
         action = batch["decoded"]
         shape = (*action.shape[:-1], self.settings.pairs)
         noise = torch.empty(*shape, action.shape[-1], device=action.device)
-        noise.normal_(generator=self._generator)
+        generator = parallel.branch(self._generator)
+        noise.normal_(generator=generator)
         steps = self.settings.solver_steps
-        index = torch.randint(
-            steps, (*shape, 1), generator=self._generator, device=self._generator.device
-        )
+        index = torch.randint(steps, (*shape, 1), generator=generator, device=generator.device)
         kept = {
             "observation_raw": batch["observation"],
             "decoded": action,

@@ -37,11 +37,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol import settings as check
-from genpol.agent import Agent, Specs
+from genpol.agent import Specs
 from genpol.errors import ConfigError, NonFiniteError
-from genpol.nn.optimizer import GuardedOptimizer
+from genpol.nn.optimizer import GuardedOptimizer, half_cosine
 from genpol.on_policy import (
+    DecodedAgent,
     DecodedPolicy,
     Encoder,
     GaussianSettings,
@@ -111,7 +113,7 @@ class Settings(GaussianSettings):
             )
 
 
-class GoRL(Agent):
+class GoRL(DecodedAgent):
     """Prior and mapping in turn: PPO on a latent, then regression of the decoder.
 
     Args:
@@ -144,6 +146,10 @@ class GoRL(Agent):
         self._skipped = 0
         self._collected: list[TensorDict] = []
 
+    def check_ranks(self) -> None:
+        """See :class:`~genpol.agent.Agent`."""
+        self.settings.check_ranks()
+
     @property
     def gradient_steps(self) -> int:  # type: ignore[override]
         """Optimiser steps so far, of encoder and decoders together."""
@@ -151,7 +157,7 @@ class GoRL(Agent):
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Improve the encoder, or, at the end of a stage, gather data for the next decoder."""
-        self._steps_in_stage += batch.numel() * self.specs.action_repeat
+        self._steps_in_stage += batch.numel() * self.specs.action_repeat * parallel.size()
         if self._steps_in_stage <= self._stage_length():
             metrics = self.learner.update(batch)
         else:
@@ -166,7 +172,8 @@ class GoRL(Agent):
         return lengths[min(self.stage, len(lengths) - 1)]
 
     def _collect(self, batch: TensorDict) -> dict[str, Tensor]:
-        self._collected.append(_refinement_data(batch))
+        # Every rank keeps what all have collected, and so fits the same decoder.
+        self._collected.append(torch.cat(parallel.gather(_refinement_data(batch))))
         collected = sum(part.numel() for part in self._collected) * self.specs.action_repeat
         if collected < self.settings.refinement_steps:
             return {}
@@ -312,7 +319,7 @@ def fit_decoder(
         noise = _noise(rows, settings, generator)
         loss, _ = decoder.bc_loss(rows["observation"], rows["decoded"], noise, time)
         done = (step - 1) / settings.fit_steps
-        optimizer.learning_rate = settings.fit_learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.learning_rate = half_cosine(settings.fit_learning_rate, 0.0, done)
         optimizer.step(loss)
         if step % every == 0 or step == settings.fit_steps:
             with torch.no_grad():

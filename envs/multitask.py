@@ -84,6 +84,12 @@ class MultiTaskEnv(BatchedEnv):
         self.declare({"observation": shown}, action_dim=self.action_width)
 
     @property
+    def row_tasks(self) -> tuple[str, ...]:
+        """Name of the task that each environment plays."""
+        played = list(self._envs)
+        return tuple(played[row % len(played)] for row in range(self.batch_size[0]))
+
+    @property
     def num_diverged(self) -> int:
         """Episodes that ended by divergence so far."""
         return sum(env.num_diverged for env in self._envs.values())

@@ -174,6 +174,18 @@ class Agent(nn.Module, ABC):
         """
         return weights
 
+    def check_ranks(self) -> None:
+        """Refuse to learn on several ranks (:mod:`genpol.parallel`), unless the agent can.
+
+        Raises:
+            ConfigError: With what to do instead.
+        """
+        raise ConfigError(
+            "this agent learns in one process: leave torchrun out (collector=ray or distributed "
+            "with num_collectors=<n> collects in several); ppo, bpo, mdpo, fpo, dppo, reinflow and "
+            "gorl learn on several ranks"
+        )
+
     @abstractmethod
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Learn from one batch ``[num_envs, time]`` and return scalar metrics by name."""
@@ -189,6 +201,26 @@ class Agent(nn.Module, ABC):
     @abstractmethod
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`training_state` returned."""
+
+    def start_acting(self, seed: int) -> None:
+        """Let the policy forget what it remembers from step to step, and draw from this seed on."""
+        if isinstance(self.policy, StatefulPolicy):
+            self.policy.start(seed)
+        else:
+            self.generator.manual_seed(seed)
+
+    def acting_state(self) -> dict[str, Any]:
+        """Return what acting changes: where its noise stands, and what the policy remembers."""
+        if isinstance(self.policy, StatefulPolicy):
+            return self.policy.acting_state()
+        return {"generator": self.generator.get_state()}
+
+    def load_acting_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`acting_state` returned."""
+        if isinstance(self.policy, StatefulPolicy):
+            self.policy.load_acting_state(state)
+        else:
+            self.generator.set_state(state["generator"].cpu())
 
 
 class ReplayAgent(Agent):

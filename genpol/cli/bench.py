@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genpol.cli import bench_fql, bench_guidance, bench_latency, bench_ppo, bench_stepping
+from genpol.cli import (
+    bench_calls,
+    bench_fql,
+    bench_guidance,
+    bench_latency,
+    bench_ppo,
+    bench_search,
+    bench_stepping,
+)
 from genpol.errors import ConfigError, nearest
 from genpol.provenance import code_version, machine, usable_cores
 
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
 SUMMARY = "measure the speed of stepping and learning beside other libraries"
 USAGE = """
 usage: genpol bench env=NAME [num_envs=1024] [key=value ...] [options]
-       genpol bench agent=ppo|fql|qgf|bc [env=NAME] [key=value ...] [--learning] [options]
+       genpol bench agent=ppo|fql|qgf|bc|mbdpo [env=NAME] [key=value ...] [--learning] [options]
 
 Measures the environment alone, with the policy, under torchrl's Collector and with learning, beside
 a bare C loop over mj_step, EnvPool, gymnasium's AsyncVectorEnv and torchrl's ParallelEnv.
@@ -35,6 +43,10 @@ With --learning, which these agents without env= imply, measures
   agent=bc    milliseconds from an observation to an action: exported (ONNX, AOTInductor,
               TorchScript), as trained, and in a loop over diffusers' scheduler; --save writes
               bench-latency.csv
+  agent=mbdpo or agent=tdmpc2
+              milliseconds of a search for one action: reverse diffusion and MPPI of several sizes,
+              as they are and compiled, and the score network by itself; --save writes
+              bench-search.csv
 
 All take turns in every round, so that the ratios hold on a machine whose speed drifts.
 
@@ -127,9 +139,14 @@ _LEARNING = {
 }
 
 
-_LATENCY = "bc"
+# Of single calls, by the agent.
+_CALLS = {
+    "bc": bench_latency.SUITE,
+    "mbdpo": bench_search.SUITE,
+    "tdmpc2": bench_search.SUITE,
+}
 _DEFAULTS = {name: suite.defaults for name, suite in _LEARNING.items()} | {
-    _LATENCY: bench_latency.DEFAULTS
+    name: suite.defaults for name, suite in _CALLS.items()
 }
 
 
@@ -140,8 +157,8 @@ def run(arguments: list[str]) -> int:
         ConfigError: If an argument is wrong.
     """
     options = _parse(arguments)
-    if options.learning == _LATENCY:
-        return _run_latency(options)
+    if options.learning in _CALLS:
+        return _run_calls(_CALLS[options.learning], options)
     suite = _LEARNING[options.learning] if options.learning else _STEPPING
     _check_names(options.only, suite.keys)
     import torch
@@ -166,8 +183,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _run_latency(options: _Options) -> int:
-    _check_names(options.only, bench_latency.KEYS)
+def _run_calls(suite: bench_calls.Suite, options: _Options) -> int:
+    _check_names(options.only, suite.keys)
     import torch
 
     from genpol.cli.configuration import compose, to_settings
@@ -175,7 +192,7 @@ def _run_latency(options: _Options) -> int:
 
     settings = to_settings(compose(options.overrides))
     torch.set_num_threads(settings.num_threads or usable_cores())
-    request = bench_latency.Request(
+    request = bench_calls.Request(
         arguments=options.arguments,
         seconds=options.seconds,
         rounds=options.rounds,
@@ -183,7 +200,7 @@ def _run_latency(options: _Options) -> int:
         save=(options.results or results.results_folder()) if options.save else None,
         progress=_progress,
     )
-    bench_latency.run(settings, request)
+    bench_calls.run(suite, settings, request)
     return 0
 
 
@@ -266,6 +283,7 @@ def _rows(
     def row(contender: str, metric: str, value: float, **measured: Any) -> ResultRow:
         values: dict[str, Any] = {"seed": 0, "env_steps": 0, "gradient_steps": 0}
         values |= {"wall_clock_s": 0.0, **measured}
+        values["agent_steps"] = values["env_steps"] // getattr(settings.env, "action_repeat", 1)
         return results.ResultRow(
             experiment=f"{suite.prefix}-{settings.choices.env}",
             agent=contender,

@@ -9,18 +9,17 @@ clock runs, all are seen to make the same chunk of the same noise.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genpol.cli.bench_calls import Suite
 from genpol.errors import GenpolError
-from genpol.provenance import code_version, machine, usable_cores
+from genpol.provenance import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from genpol.report.benchmark import Chunk, Contender
     from genpol.training.settings import TrainSettings
 
-NAME = "bench-latency"
 KEYS = ("onnx", "aoti", "torchscript", "eager", "diffusers")
 # A 10-step flow of 3 x 256 on the observations and actions of a robot arm.
 DEFAULTS = {
@@ -41,7 +39,6 @@ DEFAULTS = {
     "agent.solver_steps": "10",
     "agent.horizon": "5",
 }
-_QUANTILES = {"p50_ms": 50, "p99_ms": 99}
 _TOLERANCE = 1e-4
 
 
@@ -58,32 +55,6 @@ class Question:
     observation: Tensor
     noise: Tensor
     chunk: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What of it is measured, and where it is recorded."""
-
-    arguments: Sequence[str]
-    seconds: float
-    rounds: int
-    only: Sequence[str] = ()
-    save: Path | None = None
-    progress: Callable[[str], None] = field(default=lambda line: None)
-
-
-def run(settings: TrainSettings, request: Request) -> None:
-    """Measure, print, and record if asked."""
-    from genpol.report import benchmark
-
-    chosen = [x for x in contenders(settings) if not request.only or x.key in request.only]
-    times, skipped = benchmark.measure_calls(
-        chosen, seconds=request.seconds, rounds=request.rounds, progress=request.progress
-    )
-    request.progress("")
-    _print(chosen, times, skipped, settings)
-    if request.save is not None:
-        _save(times, request, settings)
 
 
 def contenders(settings: TrainSettings) -> list[Contender]:
@@ -189,71 +160,15 @@ def _checked(plan: Callable[[], np.ndarray], question: Question) -> Chunk:
     return chunk
 
 
-def _print(
-    chosen: Sequence[Contender],
-    times: Mapping[str, Sequence[np.ndarray]],
-    skipped: Mapping[str, str],
-    settings: TrainSettings,
-) -> None:
-    import numpy as np
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
+def _title(settings: TrainSettings) -> str:
     agent: Any = settings.agent
-    sys.stdout.write(
+    return (
         f"one observation to a chunk of {agent.horizon} actions, network "
         f"{'-'.join(map(str, agent.actor.hidden))}, {agent.solver_steps} flow steps, "
-        f"{settings.num_threads or usable_cores()} threads; milliseconds\n"
+        f"{settings.num_threads or usable_cores()} threads"
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("contender", style="bold", no_wrap=True)
-    for name in ("median", "p99", "greatest", "calls"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("what")
-    for contender in chosen:
-        if contender.key in skipped:
-            table.add_row(contender.key, "skipped", "", "", "", escape(skipped[contender.key]))
-            continue
-        ms = 1e3 * np.concatenate(times[contender.key])
-        numbers = (*np.percentile(ms, list(_QUANTILES.values())), ms.max())
-        table.add_row(contender.key, *(f"{x:.2f}" for x in numbers), str(len(ms)), contender.what)
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
 
 
-def _save(
-    times: Mapping[str, Sequence[np.ndarray]], request: Request, settings: TrainSettings
-) -> None:
-    """Record a row per contender, quantile and round, whose number is the seed."""
-    import numpy as np
-
-    from genpol.report import results
-
-    assert request.save is not None
-    command = shlex.join(["genpol", "bench", *request.arguments])
-    commit, where = code_version(), machine()
-    rows = [
-        results.ResultRow(
-            experiment=NAME,
-            agent=key,
-            env=settings.choices.env,
-            seed=index,
-            env_steps=len(seconds),
-            gradient_steps=0,
-            metric=f"{metric}/{key}",
-            value=float(f"{1e3 * np.percentile(seconds, quantile):.6g}"),
-            episodes=0,
-            wall_clock_s=round(float(seconds.sum()), 3),
-            commit=commit,
-            machine=where,
-            command=command,
-        )
-        for metric, quantile in _QUANTILES.items()
-        for key, rounds in times.items()
-        for index, seconds in enumerate(rounds)
-    ]
-    path = request.save / f"{NAME}.csv"
-    same = (command, where)
-    results.replace(path, rows, obsolete=lambda row: (row.command, row.machine) == same)
-    sys.stdout.write(f"{len(rows)} rows in {path}; `genpol report {NAME}` draws them\n")
+SUITE = Suite(
+    name="bench-latency", keys=KEYS, contenders=contenders, title=_title, defaults=DEFAULTS
+)

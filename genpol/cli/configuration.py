@@ -226,7 +226,8 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"{text!r}: experiments are run by `genpol reproduce <name>`")
     if override.is_sweep_override():
         raise ConfigError(
-            f"{text!r} asks for several runs; give one value, or a list in brackets: [1,2]"
+            f"{text!r} asks for several runs; give one value, a list in brackets as in [1,2], or "
+            "--multirun"
         )
     if override.package is not None:
         raise ConfigError(f"{text!r}: packages (@) are not supported; write key=value")

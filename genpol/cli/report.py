@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genpol.cli.arguments import ArgumentParser
 from genpol.errors import ConfigError, DatasetError
@@ -23,8 +23,8 @@ Prints, for each agent and environment of assets/results/NAME.csv, the interquar
 of the last evaluation with its 95 % bootstrap interval, and draws the learning curves.
 
   NAME             an experiment whose results are recorded, or the path of a CSV file
-  --metric M       return (default), success, or a value at risk of the experiment's further
-                   evaluations: var_5, cvar_5, var_25, cvar_25
+  --metric M       return (default), success, return/TASK where there are several tasks, or a value
+                   at risk of the experiment's further evaluations: var_5, cvar_5, var_25, cvar_25
   --at STEPS       the last evaluation at or under so many environment steps: 20e6, 20_000_000
   --budget MIN     the last evaluation at or under so many minutes of training
   --versus AGENT   also print how likely a run of each agent beats one of this agent
@@ -110,9 +110,10 @@ def _report_experiment(
     from genpol.report import figures, results, statistics
 
     budget_s = None if options.budget is None else 60.0 * options.budget
-    limits = {"metric": options.metric, "at": options.at, "budget_s": budget_s}
+    limits: dict[str, Any] = {"metric": options.metric, "at": options.at, "budget_s": budget_s}
     table = statistics.summarise(frame, **limits)
     _print(f"{path.stem}: {options.metric}", *_cells(table))
+    _print_tasks(frame, path.stem, limits)
     if (table["seeds"] < _FEW_SEEDS).any():
         _note("intervals over fewer than 5 seeds are too narrow to be taken at their word")
     picked = statistics.scores(frame, **limits)
@@ -127,6 +128,24 @@ def _report_experiment(
                 )
                 _note(f"P({agent} > {options.versus}) = {_interval(*chance, '.2f')}")
     figures.experiment_curves(frame, figure, metric=options.metric)
+
+
+def _print_tasks(frame: pd.DataFrame, name: str, limits: dict[str, Any]) -> None:
+    """Print the interquartile means of each task, where runs have several."""
+    from genpol.report import statistics
+
+    prefix = f"{limits['metric']}/"
+    measured = frame["metric"]
+    tasks = [str(x) for x in measured[measured.str.startswith(prefix)].unique()]
+    if not tasks:
+        return
+    lines: dict[str, dict[str, str]] = {}
+    for task in tasks:
+        for row in statistics.summarise(frame, **{**limits, "metric": task}).to_dict("records"):
+            lines.setdefault(row["agent"], {})[task] = f"{row['iqm']:.4g}"
+    header = ["agent", *(task.removeprefix(prefix) for task in tasks)]
+    rows = [[agent, *(found.get(task, "") for task in tasks)] for agent, found in lines.items()]
+    _print(f"{name}: {limits['metric']} in each task, interquartile means", header, rows)
 
 
 def _report_bench(frame: pd.DataFrame, path: Path, figure: Path) -> None:
@@ -160,12 +179,16 @@ def _rate(value: float) -> str:
 def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Return the header and the cells of the printed table."""
     header = ["agent", "env", "seeds", "env steps", "IQM", "95 % interval", "mean ± std", "minutes"]
+    apart = bool((table["agent_steps"] != table["env_steps"]).any())
+    if apart:
+        header.insert(header.index("env steps") + 1, "agent steps")
     rows = [
         [
             row["agent"],
             row["env"],
             f"{row['seeds']}",
             f"{row['env_steps']:,}",
+            *([f"{row['agent_steps']:,}"] if apart else []),
             f"{row['iqm']:.4g}",
             _bounds(row["low"], row["high"], ".4g"),
             f"{row['mean']:.4g}" + (f" ± {row['std']:.3g}" if row["seeds"] > 1 else ""),
@@ -190,7 +213,7 @@ def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    numeric = {"seeds", "env steps", "IQM", "minutes", "median", "min", "max"}
+    numeric = {"seeds", "env steps", "agent steps", "IQM", "minutes", "median", "min", "max"}
     for name in header:
         table.add_column(name, justify="right" if name in numeric else "left", no_wrap=True)
     for row in rows:

@@ -28,12 +28,13 @@ Trains every agent of the experiment on each of its environments and seeds, and 
 evaluation in assets/results/NAME.csv. Data sets that it needs are made first, where they do not
 exist: generated, or recorded from a run that is trained for it. Further evaluations of the
 experiment, such as those of a corrected policy, are made as soon as the runs that they need are
-finished. Ctrl-C stops the run at its next checkpoint; the same command starts again where it
-stopped: what is finished is skipped, an interrupted run is resumed.
+finished, and so are runs that begin from others. Ctrl-C stops the run at its next checkpoint; the
+same command starts again where it stopped: what is finished is skipped, an interrupted run is
+resumed.
 
   NAME           an experiment of `genpol list experiments`, or the path of a YAML file
   --seeds 0,1    seeds to run instead of the experiment's own
-  --only KEY     only this label, of runs or of an evaluation (and the runs that it needs), or this
+  --only KEY     only this label, of a run or of an evaluation (and the runs that it needs), or this
                  environment; several with commas
   --jobs N       runs at a time (1); wall-clock times are comparable with 1 only
   --dry-run      print the commands and run nothing

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from genpol.data.staging import lock
 from genpol.errors import DatasetError
 from genpol.report.plan import Evaluation, Run, Training
 from genpol.report.results import UNFINISHED, ResultRow
+from genpol.training.run import AGENT_STEPS, OF_TASK, agent_steps, read_config
 
-# Which column of evals.csv is which metric of the results.
+# Which column of evals.csv is which metric of the results, beside those of single tasks.
 _METRICS = {"return": "return_mean", "success": "success_mean"}
 # Which key of what `genpol eval` says is which, beside these.
 _RISKS = {
@@ -108,9 +109,10 @@ def rows(
     evaluations = list(_evaluations(folder / "evals.csv"))
     provenance = replace(provenance, commit=_commit_of(folder) or provenance.commit)
     command = item.command if finished else item.command + UNFINISHED
+    columns = dict.fromkeys(column for at in evaluations for column in at)
     return [
         _row(item, metric, float(at[column]), int(at["episodes"]), at, provenance, command)
-        for metric, column in _METRICS.items()
+        for metric, column in _metrics(columns).items()
         for at in evaluations
         if at.get(column)
     ]
@@ -124,7 +126,7 @@ def rows_of_evaluation(
     Returns and values at risk that JSON says to be nothing are NaN: of a policy with which the
     physics diverge in every episode, say. A success that it does not mention has no row.
     """
-    values = {metric: said.get(key) for metric, key in {**_METRICS, **_RISKS}.items()}
+    values = {metric: said.get(key) for metric, key in {**_metrics(said), **_RISKS}.items()}
     if values["success"] is None:
         del values["success"]
     *_, last = _evaluations(folder / "evals.csv")
@@ -140,6 +142,12 @@ def rows_of_evaluation(
         )
         for metric, value in values.items()
     ]
+
+
+def _metrics(columns: Iterable[str]) -> dict[str, str]:
+    """Return the columns that are results by their metrics, which ``return/TASK`` are among."""
+    tasks = [column for column in columns if column.startswith(OF_TASK)]
+    return {f"return/{x.removeprefix(OF_TASK)}": x for x in tasks} | _METRICS
 
 
 def _row(
@@ -158,6 +166,7 @@ def _row(
         env=item.env,
         seed=item.seed,
         env_steps=int(at["env_steps"]),
+        agent_steps=int(at[AGENT_STEPS]),
         gradient_steps=int(at["gradient_steps"]),
         metric=metric,
         value=value,
@@ -230,7 +239,10 @@ def _ended_well(folder: Path) -> bool:
 
 
 def _evaluations(path: Path) -> Iterator[dict[str, str]]:
-    """Read the complete lines of a run's ``evals.csv``, which may be growing."""
+    """Read the complete lines of a run's ``evals.csv``, which may be growing.
+
+    Agent steps that an older version did not write follow from the run's configuration.
+    """
     if not path.exists():
         return
     complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -241,4 +253,9 @@ def _evaluations(path: Path) -> Iterator[dict[str, str]]:
         raise DatasetError(
             f"{path} has no column {', '.join(missing)}: not written by genpol train"
         )
-    yield from reader
+    config = None
+    for row in reader:
+        if not row.get(AGENT_STEPS):
+            config = read_config(path.parent) if config is None else config
+            row[AGENT_STEPS] = str(agent_steps(config, int(row["env_steps"])))
+        yield row

@@ -30,9 +30,9 @@ def generate_command(arguments: Sequence[str]) -> list[str]:
     return [*_genpol(), "data", "generate", *arguments]
 
 
-def record_command(run_folder: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command that records a data set of what the run in ``run_folder`` does."""
-    return [*_genpol(), "data", "record", str(run_folder), *arguments]
+def record_command(acting: Sequence[Path], arguments: Sequence[str]) -> list[str]:
+    """Return the command that records a data set of what runs or checkpoints do."""
+    return [*_genpol(), "data", "record", *map(str, acting), *arguments]
 
 
 def eval_command(run_folder: Path, arguments: Sequence[str]) -> list[str]:

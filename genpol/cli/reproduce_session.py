@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from genpol.cli import reproduce_folders as folders
@@ -22,10 +23,10 @@ from genpol.errors import DatasetError
 from genpol.provenance import code_version, machine
 from genpol.report import results
 from genpol.report.experiment import Experiment
-from genpol.report.plan import DataSet, Evaluation, Run, Training
+from genpol.report.plan import DataSet, Evaluation, Run, Training, filled, folder_name
 from genpol.report.results import UNFINISHED, ResultRow
 
-Outcome = Literal["finished", "failed", "interrupted", "skipped"]
+Outcome = Literal["finished", "failed", "interrupted", "skipped", "not begun"]
 
 INTERRUPTED = 130
 
@@ -60,21 +61,28 @@ class Session:
         self._root = root
         self._keep_going = keep_going
         self._provenance = Provenance()
+        self._todo: list[Run] = []
         self._waiting: list[Evaluation] = []
         self._ended: set[Run] = set()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def run_all(
         self, plan: Sequence[Run], evaluations: Sequence[Evaluation], jobs: int
     ) -> list[Outcome]:
-        """Do what is not finished, ``jobs`` at a time, and return what became of each."""
+        """Do what is not finished, ``jobs`` at a time, and return what became of each.
+
+        Args:
+            plan: The runs, in the order to begin them; all that they need is among them.
+            evaluations: Those to make of them.
+            jobs: How many at a time.
+        """
         self._provenance = Provenance(code_version(), machine())
-        self._waiting = list(evaluations)
+        self._todo, self._waiting = list(plan), list(evaluations)
         with ThreadPoolExecutor(jobs) as pool:
-            pending = [pool.submit(self._run_and_evaluate, item) for item in plan]
-            for future in pending:
-                _wait(future)
-        return [outcome for future in pending for outcome in future.result()]
+            workers = [pool.submit(self._work) for _ in range(jobs)]
+            for worker in workers:
+                _wait(worker)
+        return [outcome for worker in workers for outcome in worker.result()]
 
     def is_finished(self, item: Run | Evaluation) -> bool:
         """Return whether the results hold this item, made by this very command, to its end."""
@@ -109,7 +117,9 @@ class Session:
             folder = self._train_for_data(data.training)
             if folder is None:
                 return INTERRUPTED if self.processes.signalled.is_set() else 1
-            command = commands.record_command(folder, data.arguments)
+            kept = sorted(folder.glob("checkpoints/step-*"))
+            acting = kept if data.every_checkpoint else [folder]
+            command = commands.record_command(acting, data.arguments)
         code = self.processes.call(command)
         if self.processes.signalled.is_set():
             return INTERRUPTED
@@ -129,41 +139,84 @@ class Session:
                 folder = attempt.folder
         return folder
 
-    def _run_and_evaluate(self, item: Run) -> list[Outcome]:
-        """Train one run, and make the evaluations that waited for no other."""
-        try:
-            outcomes = [self._run(item)]
-            with self._lock:
-                self._ended.add(item)
-                ready = [x for x in self._waiting if self._ended.issuperset(x.runs)]
-                self._waiting = [x for x in self._waiting if x not in ready]
-            return [*outcomes, *(self._evaluate(x) for x in ready)]
-        except BaseException:  # the results cannot be written, say: the others' cannot either
-            self.processes.send(signal.SIGTERM)
-            raise
+    def _work(self) -> list[Outcome]:
+        """Train runs, and make the evaluations that waited for no other, until all are begun."""
+        outcomes: list[Outcome] = []
+        while (item := self._next()) is not None:
+            try:
+                outcomes.append(self._run(item))
+            except BaseException:  # the results cannot be written, say: the others' cannot either
+                self.processes.send(signal.SIGTERM)
+                raise
+            finally:
+                ready = self._end(item)
+            outcomes += [self._evaluate(x) for x in ready]
+        return outcomes
+
+    def _next(self) -> Run | None:
+        """Return the first run that waits for no other, once there is one; ``None`` at the end."""
+        with self._changed:
+            while self._todo:
+                ready = [x for x in self._todo if self._ended.issuperset(x.needs)]
+                if ready:
+                    self._todo.remove(ready[0])
+                    return ready[0]
+                self._changed.wait()
+        return None
+
+    def _end(self, item: Run) -> list[Evaluation]:
+        """Let others wait no longer for a run; return the evaluations that waited for it last."""
+        with self._changed:
+            self._ended.add(item)
+            self._changed.notify_all()
+            ready = [x for x in self._waiting if self._ended.issuperset(x.runs)]
+            self._waiting = [x for x in self._waiting if x not in ready]
+        return ready
 
     def _run(self, item: Run) -> Outcome:
         """Train one run to its end, unless that has been done."""
         if self.is_finished(item):
             say(f"{item.name}: already finished")
             return "skipped"
+        lacking = [run.name for run in item.needs if not self.is_finished(run)]
+        if lacking and not self.processes.signalled.is_set():
+            complain(f"{item.name} is not begun: {' and '.join(lacking)} did not finish")
+            return "not begun"
         if self.processes.stop.is_set():
             return "interrupted"
+        found = self._folders_of(item, item.needs)
+        if found is None:
+            return "failed"
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(folders.claimed(self._root / item.name))
             except DatasetError as error:
                 return self._fail(f"{item.name}: {error}")
-            return self._train_and_record(item)
+            return self._train_and_record(item, found)
 
-    def _train_and_record(self, item: Run) -> Outcome:
+    def _folders_of(self, item: Run | Evaluation, runs: Sequence[Run]) -> dict[str, Path] | None:
+        """Return the folders of finished runs by label; complain if one is gone."""
+        found: dict[str, Path] = {}
+        for run in runs:
+            folder = folders.finished(self._root / run.name, run)
+            if folder is None:
+                self._fail(
+                    f"{item.name} cannot be made: {run.name} is recorded as finished, but its "
+                    f"folder {self._root / run.name} holds no such run; `--fresh --only "
+                    f"{run.label}` trains it anew"
+                )
+                return None
+            found[run.label] = folder
+        return found
+
+    def _train_and_record(self, item: Run, found: Mapping[str, Path]) -> Outcome:
         recorded = 0
 
         def record(attempt: Attempt) -> None:
             nonlocal recorded
             recorded = self._record(item, attempt, recorded)
 
-        attempt, code = self._train(item, poll=record)
+        attempt, code = self._train(item, found, poll=record)
         rows = folders.rows(attempt.folder, item, self._provenance, finished=True)
         well = code == 0 and bool(rows) and attempt.ended_well
         if well:
@@ -171,12 +224,24 @@ class Session:
         return self._outcome(item, code, attempt.log, well=well)
 
     def _train(
-        self, item: Training, *, poll: Callable[[Attempt], None] = lambda _: None
+        self,
+        item: Training,
+        found: Mapping[str, Path] = MappingProxyType({}),
+        *,
+        poll: Callable[[Attempt], None] = lambda _: None,
     ) -> tuple[Attempt, int]:
-        """Run or resume a training to its end, polling now and then; return its exit code too."""
+        """Run or resume a training to its end; return its exit code too.
+
+        Args:
+            item: The training.
+            found: Folders of the runs that it begins from, by label.
+            poll: Called now and then.
+        """
         attempt = Attempt(self._root / item.name, item)
         if attempt.resumed is None:
-            command = commands.train_command(item.overrides, attempt.root)
+            command = commands.train_command(filled(item.overrides, found), attempt.root)
+            if isinstance(item, Run):
+                self._retire_what_is_made_of(item)
         else:
             command = commands.resume_command(attempt.resumed)
         say(f"{item.name}: {'resumes' if attempt.resumed else 'starts'}, log in {attempt.log}")
@@ -205,18 +270,12 @@ class Session:
             return "skipped"
         if self.processes.stop.is_set() or not all(self.is_finished(run) for run in item.runs):
             return "interrupted"
-        found: dict[str, Path] = {}
-        for run in item.runs:
-            folder = folders.finished(self._root / run.name, run)
-            if folder is None:
-                return self._fail(
-                    f"{item.name} cannot be made: {run.name} is recorded as finished, but its "
-                    f"folder {self._root / run.name} holds no such run; `--fresh --only "
-                    f"{run.label}` trains it anew"
-                )
-            found[run.label] = folder
+        found = self._folders_of(item, item.runs)
+        if found is None:
+            return "failed"
         folder = found[item.run.label]
-        said, code, log = self._ask(item, commands.eval_command(folder, item.filled(found)))
+        command = commands.eval_command(folder, filled(item.arguments, found))
+        said, code, log = self._ask(item, command)
         if said is not None:
             self._replace(item, folders.rows_of_evaluation(folder, item, said, self._provenance))
         return self._outcome(item, code, log, well=said is not None)
@@ -254,9 +313,14 @@ class Session:
         complain(line)
         return "failed"
 
+    def _retire_what_is_made_of(self, item: Run) -> None:
+        """Let runs that began from what this one was before begin anew, too."""
+        for label in self._chosen.made_of(item.label):
+            folders.retire(self._root / folder_name(label, item.env, item.seed))
+
     def _replace(self, item: Run | Evaluation, rows: list[ResultRow]) -> None:
-        """Put rows in the place of the item's, and of evaluations of what the item was before."""
-        stale = self._chosen.evaluations_of(item.label) if isinstance(item, Run) else set()
+        """Put rows in the place of the item's, and of all that was made of it as it was before."""
+        stale = self._chosen.made_of(item.label) if isinstance(item, Run) else set()
         results.replace(
             self.results_file,
             rows,

@@ -21,6 +21,7 @@ SUMMARY = "train a policy, or resume a run"
 USAGE = """
 usage: genpol train env=<name> [agent=<name>] [data=<data set>] [key=value ...]
        genpol train resume=<run folder> [total_steps=<more>]
+       genpol train --multirun env=<name> seed=0,1,2 [hydra/launcher=<launcher>] [key=value ...]
 
 Trains an agent (gorl by default) and leaves a run folder
 runs/<env>/<agent>/<time>-s<seed>/ with config.yaml, metrics.csv, evals.csv, checkpoints,
@@ -43,6 +44,16 @@ examples:
   genpol train env=CheetahRun agent=mbdpo recipe=world-model-online
   genpol train resume=runs/HopperStand/gorl/20261122-101500-s0
 
+More than one process or machine:
+  collector=distributed num_collectors=2   collects in two processes of this machine
+  collector=ray num_collectors=8           in actors of Ray, in the cluster of RAY_ADDRESS or here
+  torchrun --nproc-per-node 2 -m genpol.cli.main train ...
+                                           on-policy agents: each rank collects and learns a share
+  --multirun hydra/launcher=basic|ray|submitit_local|submitit_slurm hydra.launcher.<option>=<value>
+                                           a run for each combination of values with commas
+What a checkpoint of k collectors or ranks holds, k of either go on from. When a collector dies, the
+run stops with a checkpoint. ray and submitit need the extra `distributed`.
+
 Ctrl-C and SIGTERM write a checkpoint and exit; SIGUSR1 writes one and goes on.
 `genpol list agents|envs|recipes` shows what there is.
 """
@@ -50,6 +61,24 @@ Ctrl-C and SIGTERM write a checkpoint and exit; SIGUSR1 writes one and goes on.
 
 def run(arguments: list[str]) -> int:
     """Train as the overrides say; return 0, or 130 or 143 if a signal stopped the run."""
+    if "--multirun" in arguments or "-m" in arguments:
+        from genpol.cli import multirun
+
+        return multirun.run([text for text in arguments if text not in ("--multirun", "-m")])
+    from genpol import parallel
+
+    if not parallel.started_by_torchrun():
+        return _run(arguments)
+    with parallel.join():
+        try:
+            return _run(arguments)
+        except ConfigError as error:
+            if parallel.is_first():
+                raise
+            return error.exit_code  # the first rank says it
+
+
+def _run(arguments: list[str]) -> int:
     resume = _value_of("resume", arguments)
     if resume is None:
         return _train(arguments)
@@ -62,10 +91,12 @@ def run(arguments: list[str]) -> int:
 def _train(arguments: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
+    from genpol import parallel
     from genpol.cli import configuration, initial
     from genpol.envs import label
     from genpol.training.loop import Training
     from genpol.training.run import Run
+    from genpol.training.silent_run import SilentRun
 
     start = None
     if (init := _value_of("init", arguments)) is not None:
@@ -77,22 +108,28 @@ def _train(arguments: Sequence[str]) -> int:
     )
     settings = configuration.to_settings(config)
     agent, make_env = build(settings)
+    if parallel.size() > 1:
+        agent.check_ranks()
     dataset = open_data(settings, agent)
     if start is not None:
         start.give(agent, settings)
     agent.check_ready()
-    run = Run.create(
-        Path(settings.output),
-        label(settings.env),
-        settings.choices.agent,
-        settings.seed,
-        cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)),
-        ["genpol", "train", *arguments],
-        tensorboard=settings.tensorboard,
-        wandb_project="genpol" if settings.wandb else None,
-    )
+    run: Run | None = None
+    if parallel.is_first():
+        run = Run.create(
+            Path(settings.output),
+            label(settings.env),
+            settings.choices.agent,
+            settings.seed,
+            cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)),
+            ["genpol", "train", *arguments],
+            tensorboard=settings.tensorboard,
+            wandb_project="genpol" if settings.wandb else None,
+        )
+    folder = parallel.from_first(None if run is None else run.path)
+    run = run or SilentRun(cast("Path", folder))
     try:
-        training = Training(agent, make_env, settings, run, dataset)
+        training = Training(agent, make_env, settings, run, dataset, partial(make_agent, settings))
     except BaseException:
         run.finish("failed")
         raise
@@ -102,23 +139,29 @@ def _train(arguments: Sequence[str]) -> int:
 def _resume(path: Path, overrides: list[str]) -> int:
     from omegaconf import OmegaConf
 
+    from genpol import parallel
     from genpol.cli import configuration
     from genpol.training import checkpoint
     from genpol.training.loop import Training
     from genpol.training.run import Run
+    from genpol.training.silent_run import SilentRun
 
     found = checkpoint.resolve(path)
     folder = checkpoint.run_folder(found)
     config = configuration.load(folder / "config.yaml", overrides)
     settings = configuration.to_settings(config)
     agent, make_env = build(settings)
+    if parallel.size() > 1:
+        agent.check_ranks()
     dataset = open_data(settings, agent)
-    run = Run.open(
-        folder,
-        tensorboard=settings.tensorboard,
-        wandb_project="genpol" if settings.wandb else None,
-    )
-    training = Training(agent, make_env, settings, run, dataset)
+    run: Run = SilentRun(folder)
+    if parallel.is_first():
+        run = Run.open(
+            folder,
+            tensorboard=settings.tensorboard,
+            wandb_project="genpol" if settings.wandb else None,
+        )
+    training = Training(agent, make_env, settings, run, dataset, partial(make_agent, settings))
     training.resume(found)  # refuses what does not fit before anything is written
     run.resume(
         ["genpol", "train", f"resume={path}", *overrides],
@@ -131,29 +174,40 @@ def build(settings: TrainSettings) -> tuple[Agent, EnvFactory]:
     """Return the agent and the environment factory that ``settings`` describe."""
     import torch
 
-    from genpol.agent import Specs
-    from genpol.agents import make as make_agent
-    from genpol.envs import make, make_chunked
-    from genpol.seeding import derive
-
     _check_device(settings.device)
     if settings.num_threads > 0:
         torch.set_num_threads(settings.num_threads)
+    make_env = env_factory(settings)
+    return make_agent(settings), make_env
+
+
+def env_factory(settings: TrainSettings) -> EnvFactory:
+    """Return what makes the environments that ``settings`` describe."""
+    from genpol.envs import make, make_chunked
+
     make_env: EnvFactory = partial(make, settings.env, device=settings.device)
     if (chunking := getattr(settings.agent, "chunking", None)) is not None:
         make_env = partial(make_chunked, make_env, *chunking)
+    return make_env
+
+
+def make_agent(settings: TrainSettings) -> Agent:
+    """Return the agent that ``settings`` describe, as it is before any training."""
+    from genpol.agent import Specs
+    from genpol.agents import make
+    from genpol.seeding import derive
+
     smallest = getattr(settings.env, "group_size", 1)
-    probe = make_env(num_envs=smallest, seed=settings.seed, training=True)
+    probe = env_factory(settings)(num_envs=smallest, seed=settings.seed, training=True)
     specs = Specs.from_env(probe, num_envs=settings.num_envs)
     probe.close()
-    agent = make_agent(
+    return make(
         settings.choices.agent,
         settings.agent,
         specs,
         device=settings.device,
         seed=derive(settings.seed, "agent"),
     )
-    return agent, make_env
 
 
 def open_data(settings: TrainSettings, agent: Agent) -> OfflineDataset | None:
@@ -213,7 +267,10 @@ def _check_device(device: str) -> None:
 
 
 def _go(training: Training, make_env: EnvFactory, settings: TrainSettings, run: Run) -> int:
-    sys.stdout.write(f"run folder: {run.path}\n")
+    from genpol import parallel
+
+    if parallel.is_first():
+        sys.stdout.write(f"run folder: {run.path}\n")
     status: Literal["finished", "interrupted", "failed"] = "failed"
     try:
         training.start()
@@ -222,11 +279,13 @@ def _go(training: Training, make_env: EnvFactory, settings: TrainSettings, run: 
         training.close()
         run.finish(status)
     if training.interrupted:
-        sys.stdout.write(
-            f"stopped by {training.interrupted}; go on with: genpol train resume={run.path}\n"
-        )
+        if parallel.is_first():
+            sys.stdout.write(
+                f"stopped by {training.interrupted}; go on with: genpol train resume={run.path}\n"
+            )
         return 130 if training.interrupted == "SIGINT" else 143
-    _finish(training, make_env, settings, run)
+    if parallel.is_first():
+        _finish(training, make_env, settings, run)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol.settings import one_of
 
 # Below it a feature counts as constant: it is centred, not scaled (dividing by its rounding noise
@@ -70,26 +71,35 @@ class RunningNormalizer(nn.Module):
         return (centred * self.inverse_std).clamp(-self.bound, self.bound)
 
     @torch.no_grad()
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, x: Tensor, mask: Tensor | None = None, *, of_all_ranks: bool = False) -> None:
         """Merge a batch ``[..., dim]`` into the statistics.
 
         Args:
             x: Raw values.
             mask: Boolean ``[...]``, True for the rows to count; diverged rows must not be.
+            of_all_ranks: Merge those of all ranks, see :mod:`genpol.parallel`, and not only this
+                one's.
         """
         rows = x.reshape(-1, self.dim)
         if mask is not None:
             rows = rows[mask.reshape(-1)]
+        rows = rows.to(torch.float64)
         new = rows.shape[0]
+        if of_all_ranks and parallel.size() > 1:
+            sums = parallel.total(torch.cat((rows.sum(0), rows.new_tensor([float(new)]))))
+            new = int(sums[-1])
+            batch_mean = sums[:-1] / sums[-1]
+            squares = parallel.total((rows - batch_mean).square().sum(0))
+        elif new > 0:
+            batch_mean = rows.mean(0)
+            squares = (rows - batch_mean).square().sum(0)
         if new == 0:
             return
-        rows = rows.to(torch.float64)
-        batch_mean = rows.mean(0)
         total = self.count + new
         # Integer tensors would divide to float32.
         share = new / total.to(torch.float64)
         delta = batch_mean - self.mean
-        added = (rows - batch_mean).square().sum(0) + delta.square() * (self.count * share)
+        added = squares + delta.square() * (self.count * share)
         self.mean.add_(delta * share)
         self.m2.copy_(added if self.merge == "released" else self.m2 + added)
         self.count.copy_(total)

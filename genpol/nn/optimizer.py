@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from genpol import parallel
 from genpol.errors import CheckpointError, NonFiniteError
 
 _BETAS = (0.9, 0.999)
@@ -201,6 +202,8 @@ class GuardedOptimizer:
 def step_together(*parts: tuple[GuardedOptimizer, Tensor]) -> dict[str, Tensor]:
     """Differentiate several losses in one pass and take a step of each one's optimiser.
 
+    Of several ranks (:mod:`genpol.parallel`), all take the same step, along their mean gradient.
+
     Args:
         parts: Optimisers and their losses, none of which may depend on what another optimiser
             trains: each is then learned as if it were alone, but for the time it takes.
@@ -213,11 +216,11 @@ def step_together(*parts: tuple[GuardedOptimizer, Tensor]) -> dict[str, Tensor]:
     """
     trained = [[p for p in optimizer._parameters if p.requires_grad] for optimizer, _ in parts]
     total = torch.stack([loss for _, loss in parts]).sum() if len(parts) > 1 else parts[0][1]
-    gradients = iter(
-        torch.autograd.grad(total, [p for some in trained for p in some], allow_unused=True)
-    )
+    found = torch.autograd.grad(total, [p for some in trained for p in some], allow_unused=True)
+    averaged, losses = parallel.mean_gradients(found, [loss for _, loss in parts])
+    gradients = iter(averaged)
     metrics: dict[str, Tensor] = {}
-    for optimizer, loss in parts:
+    for (optimizer, _), loss in zip(parts, losses, strict=True):
         own = [next(gradients) if p.requires_grad else None for p in optimizer._parameters]
         metrics |= optimizer._take(loss, own)
     return metrics

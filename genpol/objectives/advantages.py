@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol.errors import ConfigError
 from genpol.settings import at_least, one_of, positive
 
@@ -90,10 +91,11 @@ def brax_gae(
 def normalize_advantage(advantage: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return ``(A - mean) / (std + 1e-8)`` over all entries, those of weight zero left out.
 
-    The standard deviation is that of the population, as in Brax.
+    The standard deviation is that of the population, as in Brax. Of several ranks
+    (:mod:`genpol.parallel`), unweighted entries count among those of all.
     """
     if weight is None:
-        std, mean = torch.std_mean(advantage, correction=0)
+        std, mean = parallel.std_mean(advantage)
         return (advantage - mean) / (std + 1e-8)
     counted = advantage[(weight != 0).expand_as(advantage)]
     if counted.numel() == 0:

@@ -96,12 +96,12 @@ class ActorCritic(nn.Module):
         return seen
 
     def update_statistics(self, steps: TensorDictBase) -> None:
-        """Take steps into the normalisers, where these learn."""
+        """Take steps into the normalisers, where these learn, and those of all ranks."""
         if not self.learns_statistics:
             return
-        self.normalizer.update(steps["observation"])
+        self.normalizer.update(steps["observation"], of_all_ranks=True)
         if self.critic_normalizer is not None:
-            self.critic_normalizer.update(steps[self.critic_key])
+            self.critic_normalizer.update(steps[self.critic_key], of_all_ranks=True)
 
     def value(self, observation: Tensor) -> Tensor:
         """Return scaled values ``[..., K]`` at what critics see, raw, ``[..., d]``."""

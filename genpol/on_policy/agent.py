@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ class OnPolicyAgent(Agent):
             actor_critic, settings, specs=specs, generator=generator, likelihood=likelihood
         )
 
+    def check_ranks(self) -> None:
+        """See :class:`~genpol.agent.Agent`."""
+        self.settings.check_ranks()
+
     @property
     def gradient_steps(self) -> int:  # type: ignore[override]
         """Optimiser steps so far."""
@@ -83,7 +88,27 @@ class OnPolicyAgent(Agent):
         self.generator.set_state(state["generator"])
 
 
-class GaussianAgent(OnPolicyAgent):
+class DecodedAgent(Agent):
+    """An agent that acts by :class:`~genpol.on_policy.actors.DecodedPolicy`, which keeps noise."""
+
+    policy: DecodedPolicy
+
+    def start_acting(self, seed: int) -> None:
+        """See :class:`~genpol.agent.Agent`."""
+        super().start_acting(seed)
+        self.policy.load_noise(None)
+
+    def acting_state(self) -> dict[str, Any]:
+        """See :class:`~genpol.agent.Agent`."""
+        return super().acting_state() | {"noise": self.policy.noise}
+
+    def load_acting_state(self, state: Mapping[str, Any]) -> None:
+        """See :class:`~genpol.agent.Agent`."""
+        super().load_acting_state(state)
+        self.policy.load_noise(state["noise"])
+
+
+class GaussianAgent(DecodedAgent, OnPolicyAgent):
     """A Gaussian policy behind a tanh, trained by the surrogate that its settings name.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol.agent import Specs
 from genpol.nn.optimizer import GuardedOptimizer, step_together
 from genpol.objectives.advantages import normalize_advantage
@@ -29,6 +30,9 @@ class OnPolicyLearner:
 
     Rollout and optimisation see the *same* observation statistics, which are updated afterwards;
     otherwise the first likelihood ratios would already differ from one.
+
+    Several ranks (:mod:`genpol.parallel`) learn each from its share of the rollout: their gradients
+    are averaged by rows, and what concerns all rows is computed of those of all ranks.
 
     Args:
         actor_critic: Actor and critics; what is trained.
@@ -51,6 +55,7 @@ class OnPolicyLearner:
         self.settings = settings
         self.gradient_steps = 0
         self._env_steps = 0
+        self._share = 1.0
         self._action_repeat = specs.action_repeat
         self._generator = generator
         self._likelihood = likelihood
@@ -89,7 +94,7 @@ class OnPolicyLearner:
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """Learn from a rollout ``[num_envs, time]`` and return metrics."""
-        batch_steps = batch.numel() * self._action_repeat
+        batch_steps = batch.numel() * self._action_repeat * parallel.size()
         self._env_steps += batch_steps
         self.surrogate.begin_rollout(self._env_steps, batch_steps)
         rollout, returns, metrics = self._prepare(batch)
@@ -158,11 +163,12 @@ class OnPolicyLearner:
     def _optimise(self, rollout: Rows) -> dict[str, Tensor]:
         """Make the passes over a rollout and return metrics averaged over their steps."""
         number = len(rollout["target"])
-        if number == 0:
+        if parallel.least(number) == 0:
             return {}
+        self._share = _share(number)
         # Without any reward all advantages are zero, and Adam, which knows no scale, would let the
         # prior alone move the actor at full speed.
-        learn_actor = bool(rollout["advantage"].abs().max() > 1e-8)
+        learn_actor = parallel.any_of(bool(rollout["advantage"].abs().max() > 1e-8))
         history: list[dict[str, Tensor]] = []
         last_pass: list[dict[str, Tensor]] = []
         for _ in range(self.settings.epochs):
@@ -172,18 +178,20 @@ class OnPolicyLearner:
                 self.surrogate.end_pass()
         if learn_actor:
             divergence = torch.stack([step["policy/approx_kl"] for step in last_pass]).mean()
-            self._adapt_learning_rate(divergence)
+            self._adapt_learning_rate(parallel.mean(divergence))
         metrics = {
             name: torch.stack([step[name] for step in history]).mean() for name in history[-1]
         }
-        metrics["policy/ratio_max"] = torch.stack([x["policy/ratio_max"] for x in history]).max()
+        largest = torch.stack([x["policy/ratio_max"] for x in history]).max()
+        metrics["policy/ratio_max"] = parallel.greatest(largest)
         return metrics
 
     def _minibatches(self, rollout: Rows) -> Iterator[Rows]:
         """Yield the rows of a rollout in random order."""
         number = len(rollout["target"])
-        order = torch.randperm(number, generator=self._generator, device=self._generator.device)
-        parts = min(self.settings.minibatches, number)
+        generator = parallel.branch(self._generator)
+        order = torch.randperm(number, generator=generator, device=generator.device)
+        parts = min(self.settings.minibatches, parallel.least(number))
         pieces = {name: x[order].tensor_split(parts) for name, x in rollout.items()}
         for index in range(parts):
             yield {name: piece[index] for name, piece in pieces.items()}
@@ -192,12 +200,12 @@ class OnPolicyLearner:
         """Take one step of the actor, those of the critics on its rows, and return metrics."""
         values = self.actor_critic.values_at_normalized(rows[self.actor_critic.critic_key])
         loss, metrics = self._actor_loss(rows, *values)
-        losses = [(self._actor_optimizer, loss)] if learn_actor else []
+        losses = [(self._actor_optimizer, self._weighed(loss))] if learn_actor else []
         learn_critic = self.settings.advantage != "group"
         pieces = max(1, self.settings.critic_minibatches // self.settings.minibatches)
         if learn_critic and pieces == 1:
             loss, more = self._critic_loss(*values, rows["target"])
-            losses.append((self._critic_optimizer, loss))
+            losses.append((self._critic_optimizer, self._weighed(loss)))
             metrics |= more
         if losses:
             step_together(*losses)  # actor and critics have no parameter in common
@@ -216,8 +224,12 @@ class OnPolicyLearner:
         for observation, target in zip(observations, targets, strict=True):
             values = self.actor_critic.values_at_normalized(observation)
             loss, metrics = self._critic_loss(*values, target)
-            self._critic_optimizer.step(loss)
+            self._critic_optimizer.step(self._weighed(loss))
         return metrics
+
+    def _weighed(self, loss: Tensor) -> Tensor:
+        """Weigh the mean over this rank's rows; the mean over ranks is then that over all rows."""
+        return loss if self._share == 1.0 else loss * self._share
 
     def _critic_loss(
         self, value: Tensor, median: Tensor | None, target: Tensor
@@ -334,3 +346,8 @@ class OnPolicyLearner:
         self._credit.load_state(state["credit"])
         if self._pipo is not None:
             self._pipo.load_state(state["pipo"])
+
+
+def _share(number: int) -> float:
+    """Return this rank's rows over the mean of all ranks; diverged steps make some short."""
+    return number / float(parallel.mean(torch.tensor(float(number))))

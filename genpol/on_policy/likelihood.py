@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol.nn.optimizer import GuardedOptimizer
 from genpol.objectives.regularisers import ridge, standard_normal_kl, tanh_entropy_correction
 from genpol.on_policy.masks import CurvatureMask
@@ -171,7 +172,8 @@ class LatentLikelihood(Likelihood):
         bonus = entropy(mean, scale).mean()
         if self.settings.squashed_entropy:
             # The action is tanh(gain z): its entropy has the logarithm of the gain as well.
-            noise = torch.empty_like(mean).normal_(generator=self._generator)
+            generator = parallel.branch(self._generator)
+            noise = torch.empty_like(mean).normal_(generator=generator)
             gain = self.settings.action_gain
             bonus = bonus + tanh_entropy_correction(gain * (mean + scale * noise))[0]
             bonus = bonus + mean.shape[-1] * math.log(gain)

@@ -92,6 +92,25 @@ class OnPolicySettings(SurrogateSettings):
             )
         check.one_of("agent.normalizer", self.normalizer, ("exact", "released"))
 
+    def check_ranks(self) -> None:
+        """Refuse what looks at all rows of a minibatch, or all episodes, which no rank sees.
+
+        Raises:
+            ConfigError: With what to leave out.
+        """
+        alone = {
+            f"surrogate={self.surrogate}": self.surrogate in ("bapo", "clip_cov", "kl_cov"),
+            f"combine={self.combine}": self.combine != "sum",
+            f"risk.coefficient={self.risk.coefficient:g}": self.risk.coefficient > 0,
+            "pipo.enabled=true": self.pipo.enabled,
+        }
+        for name, chosen in alone.items():
+            if chosen:
+                raise ConfigError(
+                    f"agent.{name}: looks at all rows or episodes, of which a rank sees its share; "
+                    "leave it or torchrun out"
+                )
+
     def num_values(self, specs: Specs) -> int:
         """Return how many values the critic gives: one, or one for each term of the reward."""
         return 1 if self.combine == "sum" else specs.num_rewards
@@ -152,4 +171,13 @@ class GaussianSettings(OnPolicySettings):
             raise ConfigError(
                 "agent.capo: is made for a network that gives mean and standard deviation; set "
                 "agent.state_dependent_scale=true"
+            )
+
+    def check_ranks(self) -> None:
+        """See :class:`OnPolicySettings`."""
+        super().check_ranks()
+        if self.capo.enabled:
+            raise ConfigError(
+                "agent.capo.enabled=true: plans steps from the gradient of all rows, of which a "
+                "rank sees its share; leave it or torchrun out"
             )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from genpol import parallel
 from genpol.objectives import selection
 from genpol.objectives import surrogates as losses
 from genpol.objectives.bpo import bpo, bpo_target
@@ -203,7 +204,7 @@ class R2VPO(Surrogate):
         r2vpo = self.settings.r2vpo
         self.multiplier = losses.r2vpo_multiplier(
             self.multiplier,
-            torch.stack(self._moments).mean(),
+            parallel.mean(torch.stack(self._moments).mean()),
             delta=r2vpo.delta,
             rate=r2vpo.rate,
             maximum=r2vpo.maximum,

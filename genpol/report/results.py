@@ -40,7 +40,9 @@ class ResultRow:
     seed: int
     """Seed of the run."""
     env_steps: int
-    """Environment steps trained on so far, over all environments."""
+    """Environment steps (frames) trained on so far, over all environments."""
+    agent_steps: int
+    """Decisions of the policy among them: fewer where an action is held for several."""
     gradient_steps: int
     """Optimiser steps taken so far."""
     metric: str
@@ -189,6 +191,11 @@ def _parse(path: Path, stream: IO[str]) -> list[ResultRow]:
         raise DatasetError(f"{path} is not a file of results: it is not text in UTF-8") from None
     if header is None:
         return []
+    if "agent_steps" not in header and set(header) | {"agent_steps"} == set(COLUMNS):
+        raise DatasetError(
+            f"{path} was written before results had agent_steps; move it away, and `genpol "
+            "reproduce` writes it anew from the folders of its runs"
+        )
     if tuple(header) != COLUMNS:
         raise DatasetError(
             f"{path} is not a file of results: its header is {','.join(header)!r}, "

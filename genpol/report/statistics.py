@@ -75,9 +75,9 @@ def summarise(
     never its best.
 
     Returns:
-        Columns ``agent``, ``env``, ``seeds``, ``env_steps`` (the least over the seeds), ``iqm``,
-        ``low``, ``high`` (NaN with one seed), ``mean``, ``std`` (over seeds, NaN with one),
-        ``min``, ``max``, ``episodes`` (the least) and ``wall_clock_s`` (mean).
+        Columns ``agent``, ``env``, ``seeds``, ``env_steps`` and ``agent_steps`` (the least over the
+        seeds), ``iqm``, ``low``, ``high`` (NaN with one seed), ``mean``, ``std`` (over seeds, NaN
+        with one), ``min``, ``max``, ``episodes`` (the least) and ``wall_clock_s`` (mean).
     """
     picked = scores(results, metric=metric, at=at, budget_s=budget_s)
     order = _of_metric(results, metric)[["agent", "env"]].drop_duplicates()
@@ -94,6 +94,7 @@ def summarise(
                 "env": env,
                 "seeds": len(values),
                 "env_steps": int(runs["env_steps"].min()),
+                "agent_steps": int(runs["agent_steps"].min()),
                 "iqm": float(iqm(values[:, None])[()]),
                 "low": float(low),
                 "high": float(high),
@@ -255,8 +256,10 @@ def _of_metric(results: pd.DataFrame, metric: str) -> pd.DataFrame:
             f"Recorded: {', '.join(known) or 'none'}"
         )
     # Learning from a data set takes no environment steps: there updates are the clock.
-    offline = on_data(rows)
-    return rows.assign(env_steps=rows["gradient_steps"]) if offline else rows
+    if not on_data(rows):
+        return rows
+    updates = rows["gradient_steps"]
+    return rows.assign(env_steps=updates, agent_steps=updates)
 
 
 def on_data(rows: pd.DataFrame) -> bool:

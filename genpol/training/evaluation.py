@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
 from genpol.agent import StatefulPolicy
 from genpol.errors import EnvironmentFault
+from genpol.training.run import OF_TASK
 
 _ATTEMPTS = 10  # at an episode whose physics do not diverge
 
@@ -29,12 +30,15 @@ class Evaluation:
         successes: Whether the last step of each solved the task, ``[E]``; empty where the
             environment does not say.
         diverged: Episodes left out because their physics diverged.
+        task_returns: Of each task by its name, the returns of its episodes among these; empty
+            where there is one task.
     """
 
     returns: Tensor
     lengths: Tensor
     successes: Tensor
     diverged: int
+    task_returns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """Return the statistics that ``evals.csv`` holds, under its column names."""
@@ -49,6 +53,7 @@ class Evaluation:
             "length_mean": float("nan") if empty else float(lengths.mean()),
             "diverged": self.diverged,
             **({"success_mean": float(self.successes.double().mean())} if self._judged else {}),
+            **{f"{OF_TASK}{name}": float(x.mean()) for name, x in self.task_returns.items()},
         }
 
     @property
@@ -83,6 +88,8 @@ def evaluate(
     returns: list[Tensor] = []
     lengths: list[Tensor] = []
     successes: list[Tensor] = []
+    row_tasks: tuple[str, ...] = getattr(env, "row_tasks", ())
+    played: list[str] = []
     diverged = 0
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with set_exploration_type(kind), _apart(policy, seed):
@@ -95,10 +102,18 @@ def evaluate(
             diverged += int((wanted & bad).sum())
             returns.append(total[valid])
             lengths.append(length[valid])
+            played += (
+                [row_tasks[row] for row in valid.nonzero()[:, 0].tolist()] if row_tasks else []
+            )
             if success is not None:
                 successes.append(success[valid])
     judged = torch.cat(successes) if successes else torch.zeros(0, dtype=torch.bool)
-    return Evaluation(torch.cat(returns), torch.cat(lengths), judged, diverged)
+    every = torch.cat(returns)
+    task_returns = {
+        name: every[torch.tensor([task == name for task in played])]
+        for name in dict.fromkeys(row_tasks)
+    }
+    return Evaluation(every, torch.cat(lengths), judged, diverged, task_returns)
 
 
 @contextmanager

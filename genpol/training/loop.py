@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from genpol import parallel
 from genpol.agent import Agent, DatasetAgent, ReplayAgent
 from genpol.data.dataset import OfflineDataset
 from genpol.data.episodes import EpisodeTracker
@@ -26,7 +29,9 @@ from genpol.training.collection import Collector, make_collector
 from genpol.training.display import TerminalReport
 from genpol.training.dump import write_dump
 from genpol.training.evaluation import evaluate
+from genpol.training.groups import CollectorDied
 from genpol.training.replay_store import ReplayStore
+from genpol.training.rollouts import GroupRollouts, number_of_groups, refuse_groups
 from genpol.training.run import Run
 from genpol.training.settings import TrainSettings
 from genpol.training.signals import SignalWatch
@@ -65,6 +70,8 @@ class Training:
         settings: When to evaluate, save and stop.
         run: Where everything is written.
         dataset: What a :class:`~genpol.agent.DatasetAgent` learns from; ``None`` if it need not.
+        make_agent: Makes agents like ``agent``, in any state, which act for it where there are
+            several collectors or ranks.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Training:
         settings: TrainSettings,
         run: Run,
         dataset: OfflineDataset | None = None,
+        make_agent: Callable[[], Agent] | None = None,
     ) -> None:
         self.agent = agent
         self.settings = settings
@@ -88,15 +96,20 @@ class Training:
             num_envs=settings.evaluation_envs(settings.evaluation_episodes),
             seed=self._evaluation_seed,
         )
-        self._env = self._evaluation_env  # where nothing is collected
+        self._env = self._evaluation_env  # where nothing is collected, or groups do
+        self._groups: GroupRollouts | None = None
         if self._windows is None or settings.online_steps > 0:
-            self._env = make_env(
-                num_envs=settings.num_envs, seed=derive(settings.seed, "training"), training=True
-            )
+            if number_of_groups(settings) > 1:
+                assert make_agent is not None
+                self._groups = GroupRollouts(agent, make_env, make_agent, settings)
+            else:
+                seed = derive(settings.seed, "training")
+                self._env = make_env(num_envs=settings.num_envs, seed=seed, training=True)
         self._replay = _make_replay(agent, settings, self._windows)
         self._stored = ReplayStore(run.path / "replay")
-        self._reward_terms: tuple[str, ...] = getattr(self._env, "reward_terms", ())
-        self._episodes = EpisodeTracker(settings.num_envs, max(1, len(self._reward_terms)))
+        self._reward_terms: tuple[str, ...] = getattr(self._groups or self._env, "reward_terms", ())
+        num_envs = settings.num_envs if self._groups is None else self._groups.num_envs
+        self._episodes = EpisodeTracker(num_envs, max(1, len(self._reward_terms)))
         self._evaluated_at = self._saved_at = -1
         self._evaluated = (-1, -1)
         self._started = time.monotonic()
@@ -119,7 +132,8 @@ class Training:
 
     def start(self) -> None:
         """Train from where it stands until the last step, a signal, or a failure."""
-        report = TerminalReport(self._end, start_steps=self.steps)
+        console = Console(quiet=True) if not parallel.is_first() else None
+        report = TerminalReport(self._end, start_steps=self.steps, console=console)
         with SignalWatch() as signals, report:
             # The evaluation before training, or one that a signal cut short before a resumption.
             if self._evaluation_due() and self._pause(signals, report):
@@ -142,18 +156,23 @@ class Training:
         if self._evaluation_due():
             self._evaluate(signals, report)
         finished = last and not self._evaluation_due()
-        asked = signals.checkpoint_requested()
-        stop = signals.stop_requested and not finished
+        heard = parallel.gather((signals.checkpoint_requested(), signals.stop_signal))
+        asked = any(checkpoint for checkpoint, _ in heard)
+        stop_signal = next((name for _, name in heard if name is not None), None)
+        stop = stop_signal is not None and not finished
         due = self._due(self.settings.checkpoint.interval_steps, self._saved_at)
         if finished or asked or stop or due:
             self.save()
         if stop:
-            self.interrupted = signals.stop_signal
+            self.interrupted = stop_signal
         return stop
 
     def _batches(self) -> Iterator[TensorDict]:
         """Yield rollouts ``[num_envs, time]`` until the budget of steps is spent."""
         if self.steps >= self._end:
+            return
+        if self._groups is not None:
+            yield from self._batches_of(self._groups)
             return
         collector = self._make_collector()
         try:
@@ -163,6 +182,21 @@ class Training:
                     return
         finally:
             collector.shutdown(close_env=False)
+
+    def _batches_of(self, groups: GroupRollouts) -> Iterator[TensorDict]:
+        """Yield rollouts of groups; where one dies, save what there was before."""
+        try:
+            for batch in groups.batches():
+                yield batch
+                if self.steps >= self._end:
+                    return
+        except CollectorDied as error:
+            if self.env_steps == 0:
+                raise
+            saved = self.save()
+            raise CollectorDied(
+                f"{error}; {saved.name} is saved, go on with: genpol train resume={self.run.path}"
+            ) from None
 
     def _make_collector(self) -> Collector:
         # The constructor tries the policy out, which draws noise; a resumed run must not.
@@ -202,6 +236,8 @@ class Training:
         try:
             yield
         except NonFiniteError as error:
+            if not parallel.is_first():
+                raise
             folder = write_dump(
                 self.run.path / f"dump-{self.steps}", {"batch": batch, "env_steps": self.env_steps}
             )
@@ -211,17 +247,19 @@ class Training:
         self.run.log_metrics(*self._position, self.wall_clock_s, _numbers(metrics), step=self.steps)
 
     def _update(self, batch: TensorDict, report: TerminalReport) -> None:
-        finished = self._episodes.update(batch)
-        returns = finished.returns
+        terms = torch.cat(parallel.gather(self._episodes.update(batch).terms))
+        returns = terms.sum(-1)
         with self._dumping(batch):
             metrics = self._learn(batch)
-        self.env_steps += batch.numel() * self._env.action_repeat
+        if parallel.size() > 1:
+            metrics = _average(parallel.gather(metrics))
+        self.env_steps += batch.numel() * self._env.action_repeat * parallel.size()
         if len(returns) > 0:
             metrics["train/return"] = returns.mean()
-            for name, term in zip(self._reward_terms, finished.terms.mean(0), strict=False):
+            for name, term in zip(self._reward_terms, terms.mean(0), strict=False):
                 metrics[f"train/return/{name}"] = term
         metrics["train/episodes"] = torch.tensor(float(len(returns)))
-        metrics["train/diverged"] = batch["next", "diverged"].sum()
+        metrics["train/diverged"] = parallel.total(batch["next", "diverged"].sum())
         self._log(metrics)
         shown = {"train_return": float(returns.mean())} if len(returns) > 0 else {}
         if "stage" in metrics:
@@ -239,6 +277,14 @@ class Training:
         return _average([self.agent.update(self._replay.sample(size)) for _ in range(updates)])
 
     def _evaluate(self, signals: SignalWatch, report: TerminalReport) -> None:
+        """Evaluate the policy, on the first rank; the others wait for it."""
+        if parallel.is_first():
+            self._evaluate_here(signals, report)
+        self._evaluated_at, self._evaluated = parallel.from_first(
+            (self._evaluated_at, self._evaluated)
+        )
+
+    def _evaluate_here(self, signals: SignalWatch, report: TerminalReport) -> None:
         """Evaluate the policy; a stop signal cuts it short, and nothing of it is kept."""
 
         def heed_signals() -> None:
@@ -277,12 +323,13 @@ class Training:
 
     def save(self) -> Path:
         """Write a checkpoint from which :meth:`resume` continues bit for bit."""
+        self._check_ranks()
         state = {
             "weights": dict(self.agent.state_dict()),
             "training": self.agent.training_state(),
             # Before the first step, the collector has yet to reset: there is nothing to restore.
-            "simulation": self._env.state_dict_of_simulation() if self.env_steps > 0 else None,
-            "episodes": self._episodes.state(),
+            "simulation": self._simulation() if self.env_steps > 0 else None,
+            "episodes": _stacked(parallel.gather(self._episodes.state())),
             "replay": None if self._replay is None else self._stored.save(self._replay),
             "torch_generator": torch.get_rng_state(),
             "windows": None if self._windows is None else self._windows.state(),
@@ -292,6 +339,9 @@ class Training:
             "evaluated": list(self._evaluated),
             "wall_clock_s": self.wall_clock_s,
         }
+        self._saved_at = self.steps
+        if not parallel.is_first():
+            return self.run.checkpoints / checkpoint.step_name(self.steps)
         oldest = 0 if self._replay is None else self._replay.span[0]
         path = checkpoint.save(
             self.run.checkpoints,
@@ -309,8 +359,32 @@ class Training:
         if self._replay is not None:
             kept = map(checkpoint.read_metadata, checkpoint.kept(self.run.checkpoints))
             self._stored.prune(min(int(metadata.get("replay_from", 0)) for metadata in kept))
-        self._saved_at = self.steps
         return path
+
+    def _simulation(self) -> dict[str, Any] | None:
+        """Return what :meth:`_restore` lets the environments go on from."""
+        if self._groups is not None:
+            return self._groups.state()
+        simulation: dict[str, Any] | None = self._env.state_dict_of_simulation()
+        return simulation
+
+    def _check_ranks(self) -> None:
+        """Refuse to save what differs from rank to rank, for it would be another run's.
+
+        Raises:
+            RankError: If weights or generators differ.
+        """
+        if parallel.size() == 1:
+            return
+        digest = hashlib.sha256(self.agent.generator.get_state().cpu().numpy().tobytes())
+        for x in self.agent.state_dict().values():
+            digest.update(x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        if len(set(parallel.gather(digest.hexdigest()))) > 1:
+            raise parallel.RankError(
+                f"after {self.steps} steps the ranks have different weights, which they must not: "
+                "the machines compute differently; go on in one process with "
+                f"num_collectors={parallel.size()} from the last checkpoint"
+            )
 
     def resume(self, path: Path) -> None:
         """Put everything where it stood at checkpoint ``path``.
@@ -329,7 +403,8 @@ class Training:
                 f"{path}: has no {error}, which this version keeps; resume with the version it was "
                 "saved with (run.json names its commit), or start anew"
             ) from None
-        checkpoint.discard_after(path)
+        if parallel.is_first():
+            checkpoint.discard_after(path)
         self.run.truncate_to(*self._position, evaluated=self._evaluated, step=self.steps)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
@@ -341,9 +416,10 @@ class Training:
             )
         load_weights(self.agent, state["weights"], path)
         self.agent.load_training_state(state["training"])
-        if state["simulation"] is not None:
-            self._env.load_simulation(state["simulation"])
-            self._episodes.load_state(state["episodes"])
+        if state["simulation"] is not None and self._restore_simulation(state["simulation"], path):
+            own = len(self._episodes.state()["whole"])
+            rows = slice(parallel.rank() * own, (parallel.rank() + 1) * own)
+            self._episodes.load_state({name: x[rows] for name, x in state["episodes"].items()})
         if self._replay is not None and state["replay"] is not None:  # none in an offline phase
             self._stored.load(self._replay, state["replay"], path)
         if self._windows is not None:
@@ -357,8 +433,18 @@ class Training:
         self._evaluated = (env_steps, gradient_steps)
         self._started = time.monotonic() - state["wall_clock_s"]
 
+    def _restore_simulation(self, simulation: Mapping[str, Any], path: Path) -> bool:
+        """Let the environments go on, and return whether they do not begin new episodes."""
+        if self._groups is not None:
+            return self._groups.load(simulation, path)
+        refuse_groups(simulation, path)
+        self._env.load_simulation(simulation)
+        return True
+
     def close(self) -> None:
         """Close the environments."""
+        if self._groups is not None:
+            self._groups.close()
         for env in (self._env, self._evaluation_env):
             if not env.is_closed:
                 env.close()
@@ -409,6 +495,11 @@ def load_weights(agent: Agent, weights: Mapping[str, Any], path: Path) -> None:
             f"{path}: its weights do not fit the agent of these settings ({first}); use the "
             "environment and agent settings it was trained with"
         ) from None
+
+
+def _stacked(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the states of all ranks' trackers as that of one."""
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
 
 def _average(history: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +37,8 @@ from genpol.errors import GenpolError, require
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 PROGRESS_COLUMNS = ("env_steps", "gradient_steps", "wall_clock_s")
+OF_TASK = "return_mean/"  # and a task's name: a column of evals.csv, where there are several tasks
+AGENT_STEPS = "agent_steps"  # a column of evals.csv, which older versions did not write
 EVALUATION_COLUMNS = (
     *("episodes", "return_mean", "return_std", "return_min", "return_max"),
     *("length_mean", "diverged"),
@@ -63,7 +65,12 @@ class Run:
         self.config: dict[str, Any] = _read_config(path / "config.yaml")
         self.record: dict[str, Any] = _read_record(path / "run.json")
         self._metrics = _Table(path / "metrics.csv", PROGRESS_COLUMNS)
-        self._evaluations = _Table(path / "evals.csv", PROGRESS_COLUMNS + EVALUATION_COLUMNS)
+        first, *others = PROGRESS_COLUMNS
+        self._evaluations = _Table(
+            path / "evals.csv",
+            (first, AGENT_STEPS, *others, *EVALUATION_COLUMNS),
+            complete=self._with_agent_steps,
+        )
         self._started = time.monotonic() - self.record["elapsed_s"]
         self._sinks: list[_Sink] = []
         if tensorboard:
@@ -164,7 +171,7 @@ class Run:
         *,
         step: int | None = None,
     ) -> None:
-        """Append one row to evals.csv.
+        """Append one row to evals.csv, with the agent steps that the environment steps stand for.
 
         Args:
             env_steps: See :meth:`log_metrics`.
@@ -177,7 +184,7 @@ class Run:
         if missing:
             raise ValueError(f"evaluation lacks {', '.join(missing)}")
         progress = _progress(env_steps, gradient_steps, wall_clock_s)
-        self._evaluations.append(dict(evaluation) | progress)
+        self._evaluations.append(self._with_agent_steps(dict(evaluation) | progress))
         for sink in self._sinks:
             named = {f"evaluation/{name}": float(value) for name, value in evaluation.items()}
             sink.log(env_steps if step is None else step, named)
@@ -245,6 +252,12 @@ class Run:
             sink.close()
         self._set_status(status)
 
+    def _with_agent_steps(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row of evals.csv with its agent steps, which an older version left out."""
+        if row.get(AGENT_STEPS):
+            return dict(row)
+        return {**row, AGENT_STEPS: agent_steps(self.config, int(row["env_steps"]))}
+
     def _set_status(self, status: Status) -> None:
         self.record["status"] = status
         self.record["elapsed_s"] = round(time.monotonic() - self._started, 3)
@@ -252,15 +265,45 @@ class Run:
             _replace(self.path / "run.json", json.dumps(self.record, indent=1))
 
 
+def agent_steps(config: Mapping[str, Any], env_steps: int) -> int:
+    """Return the policy's decisions in so many environment steps of a run with this configuration.
+
+    An action is held for ``env.action_repeat`` of them. Each action of a chunk counts.
+    """
+    repeat: int = (config.get("env") or {}).get("action_repeat") or 1
+    return env_steps // repeat
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the resolved configuration of the run in ``folder``.
+
+    Raises:
+        GenpolError: If it cannot be read.
+    """
+    return _read_config(folder / "config.yaml")
+
+
 # --- tables ------------------------------------------------------------------------------------
 
 
 class _Table:
-    """A CSV file that grows by rows, and now and then by columns."""
+    """A CSV file that grows by rows, and now and then by columns.
 
-    def __init__(self, path: Path, columns: Iterable[str]) -> None:
+    Args:
+        path: The file.
+        columns: Those that it has at least, the first ones.
+        complete: Fills in what rows of older versions lack.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Iterable[str],
+        complete: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         self._path = path
         self._columns = list(columns)
+        self._complete = complete
         self._ready = False
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -292,7 +335,7 @@ class _Table:
         ]
         self._rewrite(kept)
 
-    def _read(self) -> list[dict[str, str]]:
+    def _read(self) -> list[dict[str, Any]]:
         """Return all whole rows, and take over the columns of the file.
 
         A killed process can leave half a line, a power cut a stretch of zeros.
@@ -310,9 +353,9 @@ class _Table:
             )
         self._columns += [name for name in names if name not in self._columns]
         rows = [row for row in reader if None not in row.values()]
-        return [row for row in rows if row["env_steps"].isdigit()]
+        return [self._complete(row) for row in rows if row["env_steps"].isdigit()]
 
-    def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
+    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()

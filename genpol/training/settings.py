@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genpol.errors import ConfigError
-from genpol.settings import at_least, positive, within
+from genpol.settings import at_least, one_of, positive, within
 
 MISSING: Any = (
     "???"  # OmegaConf's mark for a mandatory value, written out to keep it off this floor
@@ -96,6 +96,12 @@ class TrainSettings:
     """Threads for torch; 0 takes all cores."""
     num_envs: int = DEFAULT_NUM_ENVS
     """Environments stepped at once; 8 by default where each is a process of its own."""
+    collector: str = "direct"
+    """Where rollouts are collected: `direct` in this process, `distributed` in others of this
+    machine, `ray` in others here or in a cluster (extra `distributed`)."""
+    num_collectors: int = 1
+    """Groups that the environments are shared out to, each with seeds of its own; a process each,
+    but for `direct`."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     """Fixed-episode evaluation."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -129,6 +135,18 @@ class TrainSettings:
         at_least("num_threads", self.num_threads, 0)
         within("num_threads", self.num_threads, 0, 4096)
         at_least("num_envs", self.num_envs, 1)
+        one_of("collector", self.collector, ("direct", "distributed", "ray"))
+        at_least("num_collectors", self.num_collectors, 1)
+        if self.num_envs % self.num_collectors != 0:
+            raise ConfigError(
+                f"num_collectors = {self.num_collectors}: does not divide num_envs = "
+                f"{self.num_envs}, which collectors share equally; change one of them"
+            )
+        if self.collector != "direct" and self.num_collectors == 1:
+            raise ConfigError(
+                f"collector = {self.collector!r}: a single one is better played in this process; "
+                "set num_collectors=2 or more, or collector=direct"
+            )
         if not self.output:
             raise ConfigError("output = '': must be a folder.")
         if self.resume is not None and self.init is not None:

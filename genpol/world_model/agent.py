@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -17,10 +17,8 @@ from genpol.errors import ConfigError
 from genpol.nn.compiling import compiled
 from genpol.nn.masked import weighted_mean
 from genpol.nn.normed_mlp import dropout_mask
-from genpol.nn.optimizer import GuardedOptimizer
 from genpol.nn.simplicial import check_groups
 from genpol.nn.two_hot import TwoHot
-from genpol.objectives.plan_search import shifted
 from genpol.objectives.world_model import (
     consistency_loss,
     over_horizon,
@@ -32,59 +30,15 @@ from genpol.objectives.world_model import (
 )
 from genpol.seeding import derive
 from genpol.world_model.acting import SearchPolicy
+from genpol.world_model.diagnostics import search_drift
 from genpol.world_model.energy import EnergyScale
 from genpol.world_model.networks import Task, WorldModel
-from genpol.world_model.optimizer import GradedOptimizer
+from genpol.world_model.optimizer import optimizers
+from genpol.world_model.pace import UpdatePace
 from genpol.world_model.planning import Draws, Planned, Planner, two_critics
 from genpol.world_model.settings import WorldModelSettings
 from genpol.world_model.tasks import earlier_rows
-
-
-class Window(NamedTuple):
-    """Steps of B windows, time-major.
-
-    Attributes:
-        observations: ``[H + 1, B, d]``; the window's first where a step does not count.
-        actions: ``[H, B, A]``; zero there.
-        rewards: ``[H, B]``; zero there.
-        terminated: Bool ``[H, B]``.
-        valid: Whether the step counts: it is of the window's episode and its physics did not
-            diverge, bool ``[H, B]``.
-        tasks: Number of each window's task, int64 ``[B]``; ``None`` where there is one.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    valid: Tensor
-    tasks: Tensor | None = None
-
-    def following(self) -> Tensor:
-        """Return of each step's next state the actions that came there, ``[H, B, H, A]``.
-
-        Zeros stand behind the window's end: at the last step it is the plan of an episode's start.
-        """
-        plans = [shifted(self.actions.transpose(0, 1))]
-        for _ in range(len(self.actions) - 1):
-            plans.append(shifted(plans[-1]))
-        return torch.stack(plans)
-
-
-class ModelLoss(NamedTuple):
-    """What one pass through the model gives.
-
-    Attributes:
-        loss: Of the model, a scalar.
-        latents: Open-loop ``zhat_0 .. zhat_H``, constants, ``[H + 1, B, L]``.
-        encoded: Latents of what was observed at 1 .. H, constants, ``[H, B, L]``.
-        metrics: Scalars.
-    """
-
-    loss: Tensor
-    latents: Tensor
-    encoded: Tensor
-    metrics: dict[str, Tensor]
+from genpol.world_model.window import ModelLoss, Window
 
 
 class WorldModelAgent(DatasetAgent):
@@ -167,11 +121,8 @@ class WorldModelAgent(DatasetAgent):
         )
         self.energy_scale = energy
         self.register_buffer("value_scale", torch.ones(()))
-        self._warmup_steps = settings.warmup(specs)
-        self._env_steps = 0
-        self._updates_owed = 0.0
+        self._pace = UpdatePace(settings, specs)
         self._adopted = False
-        self._awaits_episode = False
         self._diagnosed: dict[str, Tensor] = {}
 
     def begin(self, planner: Planner) -> None:
@@ -182,41 +133,21 @@ class WorldModelAgent(DatasetAgent):
         """
         self.to(self.generator.device)
         self.planner = planner
-        settings, model = self.settings, self.model
-        own = {id(x) for part in (model.encoder, model.policy) for x in part.parameters()}
-        self._optimizers: dict[str, GuardedOptimizer] = {
-            "model": GradedOptimizer(
-                model.encoder.parameters(),
-                [x for x in model.parameters() if x.requires_grad and id(x) not in own],
-                settings.learning_rate,
-                share=settings.encoder_rate,
-                max_grad_norm=settings.max_grad_norm,
-                eps=1e-8,
-                patience=settings.nonfinite_patience,
-                name="model",
-            ),
-            "policy": GuardedOptimizer(
-                model.policy.parameters(),
-                settings.learning_rate,
-                max_grad_norm=settings.max_grad_norm,
-                eps=1e-5,
-                patience=settings.nonfinite_patience,
-                name="policy",
-            ),
-        }
+        settings = self.settings
+        self._optimizers = optimizers(self.model, settings)
         self._model_loss: Callable[[Window, Draws], ModelLoss] = self.model_loss
         self._policy_loss = self.policy_loss
         if settings.compile:
             self._model_loss = compiled(self.model_loss, name="agent.compile")
             self._policy_loss = compiled(self.policy_loss, name="agent.compile")
-            planner.compile("agent.compile")
+            planner.compile("agent.compile", graphs=self.generator.device.type == "cuda")
         self.policy = SearchPolicy(
             self,
             horizon=settings.horizon,
             action_dim=self.specs.action_dim,
             generator=self._acting,
         )
-        self.policy.warming_up = self._warmup_steps > 0
+        self.policy.warming_up = self._pace.warming_up
 
     @torch.no_grad()
     def search(self, observation: Tensor, start: Tensor, generator: torch.Generator) -> Planned:
@@ -255,8 +186,7 @@ class WorldModelAgent(DatasetAgent):
 
     def prepare(self, dataset: OfflineDataset) -> None:
         """Do without a warm-up, unless the settings ask for one: the data are there instead."""
-        self._skip_warmup()
-        self._awaits_episode = False
+        self._skip_warmup(await_episode=False)
 
     def adopt(self, weights: Mapping[str, Any], tasks: Sequence[str] = ()) -> Mapping[str, Any]:
         """Return the weights of another run, with the embeddings of this one's tasks.
@@ -271,7 +201,7 @@ class WorldModelAgent(DatasetAgent):
                 is like.
         """
         self._adopted = True
-        self._awaits_episode = self._skip_warmup()
+        self._skip_warmup(await_episode=True)
         known = weights.get("model.tasks")
         if self.model.tasks is None or known is None:
             return weights
@@ -279,33 +209,14 @@ class WorldModelAgent(DatasetAgent):
         rows = earlier_rows(names, tasks, number=len(known), like=self.settings.like_task)
         return {**weights, "model.tasks": known[rows]}
 
-    def _skip_warmup(self) -> bool:
-        """Do without a warm-up unless the settings ask for one; return whether it is left out."""
-        if self.settings.warmup_steps is not None:
-            return False
-        self._warmup_steps = 0
-        self.policy.warming_up = False
-        return True
+    def _skip_warmup(self, *, await_episode: bool) -> None:
+        self._pace.skip_warmup(await_episode=await_episode)
+        self.policy.warming_up = self._pace.warming_up
 
     def observe(self, rollout: TensorDict) -> int:
         """Take note of new steps; return the updates they call for."""
-        repeat = self.specs.action_repeat
-        self._env_steps += rollout.numel() * repeat
-        if self._env_steps < self._warmup_steps:
-            return 0
-        if self._awaits_episode and not bool(rollout["next", "done"].any()):
-            return 0
-        self._awaits_episode = False
-        actions = rollout.numel()
-        if self.policy.warming_up:
-            missed = 0 if self.settings.catch_up else self._warmup_steps
-            actions = (self._env_steps - missed) // repeat
-        self.policy.warming_up = False
-        self._updates_owed += actions * self.settings.updates_per_step
-        if self._env_steps // (repeat * self.specs.num_envs) < self.settings.horizon:
-            return 0  # not one window is held yet
-        updates = int(self._updates_owed)
-        self._updates_owed -= updates
+        updates = self._pace.observe(rollout)
+        self.policy.warming_up = self._pace.warming_up
         return updates
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
@@ -491,10 +402,8 @@ class WorldModelAgent(DatasetAgent):
     def diagnose(self, window: Window, encoded: Tensor) -> dict[str, Tensor]:
         """Return how far the acting search lies from the policy prior, on states of the replay.
 
-        The search begins from the actions that were taken from there on. The *drift* is the mean of
-        ``||a_search - mode pi||_2 / sqrt(A)``, where A are the dimensions that the task uses; the
-        *cross-TD error* that of ``|y(a_search) - y(a_pi)|`` at the same transition. Both are
-        plotted in the MBDPO paper, whose definitions are not known; these are ours.
+        The search begins from the actions that were taken from there on. See
+        :func:`~genpol.world_model.diagnostics.search_drift`.
 
         Args:
             window: What was learned from.
@@ -512,12 +421,8 @@ class WorldModelAgent(DatasetAgent):
             td_target(reward, terminated, self.target_values(latent, a, ask, task), task.gamma)
             for a in (searched, own)
         )
-        valid = window.valid[0, rows]
-        drift = (searched - own).norm(dim=-1) / task.width(self.specs.action_dim).sqrt()
-        return {
-            "plan/drift": weighted_mean(drift, valid),
-            "plan/cross_td_error": weighted_mean((here - there).abs(), valid),
-        }
+        width = task.width(self.specs.action_dim)
+        return search_drift(searched, own, (here, there), width, window.valid[0, rows])
 
     def training_state(self) -> dict[str, Any]:
         """Return optimisers, counters, generators, and the plans that are being carried out."""
@@ -525,11 +430,7 @@ class WorldModelAgent(DatasetAgent):
             "optimizers": {name: x.state_dict() for name, x in self._optimizers.items()},
             "generator": self.generator.get_state(),
             "gradient_steps": self.gradient_steps,
-            "env_steps": self._env_steps,
-            "updates_owed": self._updates_owed,
-            "warmup_steps": self._warmup_steps,
-            "warming_up": self.policy.warming_up,
-            "awaits_episode": self._awaits_episode,
+            **self._pace.state(),
             "diagnosed": dict(self._diagnosed),
             "acting": self.policy.acting_state(),
         }
@@ -540,11 +441,8 @@ class WorldModelAgent(DatasetAgent):
             optimizer.load_state_dict(state["optimizers"][name])
         self.generator.set_state(state["generator"].cpu())
         self.gradient_steps = state["gradient_steps"]
-        self._env_steps = state["env_steps"]
-        self._updates_owed = state["updates_owed"]
-        self._warmup_steps = state["warmup_steps"]
-        self.policy.warming_up = state["warming_up"]
-        self._awaits_episode = state.get("awaits_episode", False)  # older checkpoints: no wait
+        self._pace.load_state(state)
+        self.policy.warming_up = self._pace.warming_up
         self._diagnosed = {
             name: x.to(self.generator.device) for name, x in state["diagnosed"].items()
         }

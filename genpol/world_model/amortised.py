@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from genpol.nn.compiling import compiled
 from genpol.objectives.plan_search import SearchSchedule, expected_plan, known, search_weights
 from genpol.world_model.networks import ScoreNetwork, Task, WorldModel
 from genpol.world_model.planning import Draws, Planned, Planner, noisy
@@ -119,6 +120,11 @@ class ScorePlanner(Planner):
         self.schedule = schedule
         self.steps = steps
         self.action_noise = action_noise
+        self._denoise = denoise
+
+    def compile(self, name: str, *, graphs: bool = False) -> None:
+        """See :class:`~genpol.world_model.planning.Planner`."""
+        self._denoise = compiled(denoise, name=name, graphs=graphs)
 
     def draw(self, rows: int, generator: torch.Generator) -> Draws:
         """See :class:`~genpol.world_model.planning.Planner`."""
@@ -129,6 +135,6 @@ class ScorePlanner(Planner):
         network = self.model.score
         assert network is not None
         state = self.model.state(latent, task)
-        plan = denoise(network, state, start, self.schedule, self.steps, task)
+        plan = self._denoise(network, state, start, self.schedule, self.steps, task)
         action = plan[:, 0]
         return Planned(plan, action, noisy(action, self.action_noise * draws["explore"], task))

@@ -1,4 +1,4 @@
-"""An optimiser of which some parameters take smaller steps than the others."""
+"""The optimisers of a world model: one of them takes smaller steps with some parameters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from genpol.nn.optimizer import GuardedOptimizer
+from genpol.world_model.networks import WorldModel
+from genpol.world_model.settings import WorldModelSettings
 
 
 class GradedOptimizer(GuardedOptimizer):
@@ -60,3 +62,33 @@ class GradedOptimizer(GuardedOptimizer):
                     super()._adam(part)
         finally:
             self.learning_rate = full
+
+
+def optimizers(model: WorldModel, settings: WorldModelSettings) -> dict[str, GuardedOptimizer]:
+    """Return those of all networks but the averaged critics: of the ``model``, and the ``policy``.
+
+    Args:
+        model: The networks.
+        settings: Step sizes and clipping.
+    """
+    own = {id(x) for part in (model.encoder, model.policy) for x in part.parameters()}
+    return {
+        "model": GradedOptimizer(
+            model.encoder.parameters(),
+            [x for x in model.parameters() if x.requires_grad and id(x) not in own],
+            settings.learning_rate,
+            share=settings.encoder_rate,
+            max_grad_norm=settings.max_grad_norm,
+            eps=1e-8,
+            patience=settings.nonfinite_patience,
+            name="model",
+        ),
+        "policy": GuardedOptimizer(
+            model.policy.parameters(),
+            settings.learning_rate,
+            max_grad_norm=settings.max_grad_norm,
+            eps=1e-5,
+            patience=settings.nonfinite_patience,
+            name="policy",
+        ),
+    }

@@ -159,8 +159,8 @@ class WorldModelSettings:
     diagnostics_rows: int = 32
     """States on which that is measured."""
     compile: bool = False
-    """Whether losses and rounds of the search are compiled: a wait at the start of a run, for
-    faster steps."""
+    """Whether losses and rounds of the search are compiled, the latter with CUDA graphs on a GPU: a
+    wait of minutes at the start of a run, for faster steps."""
     nonfinite_patience: int = 10
     """Non-finite losses in a row that stop the run."""
 

@@ -45,21 +45,24 @@ def test_recipe_composes(recipe: str) -> None:
     assert settings.choices.recipe == recipe
 
 
-# Those that are asked for by name, and the environment that they are for.
+# Those that are asked for by name, and the environment and the agents that they are for.
+PLANNING = ("mbdpo", "tdmpc2")
 NAMED = {
-    "world-model-online": "CheetahRun",
-    "world-model-pretraining": "multitask",
-    "world-model-finetuning": "multitask",
+    "world-model-online": ("CheetahRun", PLANNING),
+    "world-model-pretraining": ("multitask", PLANNING),
+    "world-model-finetuning": ("multitask", PLANNING),
+    "sac-replay": ("ReacherEasy", ("sac",)),
 }
 
 
 @pytest.mark.parametrize("recipe", [name for name in names("recipe") if "_" not in name])
-@pytest.mark.parametrize("agent", ["mbdpo", "tdmpc2"])
-def test_named_recipe_composes(agent: str, recipe: str) -> None:
-    arguments = [f"agent={agent}", f"env={NAMED[recipe]}"]
-    assert to_settings(compose(arguments)).choices.recipe == ""
-    settings = to_settings(compose([*arguments, f"recipe={recipe}"]))
-    assert settings.choices.recipe == recipe
+def test_named_recipe_composes(recipe: str) -> None:
+    env, its_agents = NAMED[recipe]
+    for agent in its_agents:
+        arguments = [f"agent={agent}", f"env={env}"]
+        assert to_settings(compose(arguments)).choices.recipe == ""
+        settings = to_settings(compose([*arguments, f"recipe={recipe}"]))
+        assert settings.choices.recipe == recipe
 
 
 def test_regimes_of_world_models_evaluate_as_often_as_they_should() -> None:

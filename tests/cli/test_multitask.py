@@ -76,6 +76,13 @@ def test_all_tasks_are_learned_from_data(pretrained: Path) -> None:
     assert saved["weights"]["model.tasks"].shape == (2, 4)
 
 
+def test_returns_are_told_of_each_task(pretrained: Path) -> None:
+    last = pd.read_csv(pretrained / "evals.csv").iloc[-1]
+    of_tasks = [last[f"return_mean/{name}"] for name in WIDTHS]
+    assert last["return_mean"] == pytest.approx(sum(of_tasks) / 2)
+    assert of_tasks[0] != of_tasks[1]
+
+
 def test_a_task_is_evaluated_alone(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(pretrained), "env.only=Reacher-v5", "episodes=2", "json=true"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from genpol.report import results
 from genpol.report.results import UNFINISHED, ResultRow
 
 
-def record(folder: Path, name: str = "demo", *, metric: str = "return", unit: str = "") -> None:
+def record(
+    folder: Path, name: str = "demo", *, metric: str = "return", unit: str = "", repeat: int = 1
+) -> None:
     rows = [
         ResultRow(
             experiment=name,
@@ -18,6 +21,7 @@ def record(folder: Path, name: str = "demo", *, metric: str = "return", unit: st
             env="HopperStand",
             seed=seed,
             env_steps=step,
+            agent_steps=step // repeat,
             gradient_steps=1,
             metric=metric + (f"/{agent}" if unit else ""),
             value=base + step / 1000 + seed,
@@ -49,6 +53,34 @@ def test_the_table_has_iqm_interval_and_wall_clock(
     assert "1 of 4 runs had not finished" in out
     assert "P(gorl > ppo) = 1.00" in out
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_agent_steps_are_told_where_they_are_fewer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    record(tmp_path, "held", repeat=8)
+    for name, expected in (("demo", []), ("held", ["7,500"])):
+        assert report.run([name, "--results", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert ("agent steps" in out) == bool(expected)
+        (gorl,) = (line for line in out.splitlines() if line.startswith("gorl"))
+        assert gorl.split()[3:5] == ["60,000", *(expected or ["560.5"])]
+
+
+def test_several_tasks_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    record(tmp_path, metric="return/Walk")
+    rows = results.rows_of(tmp_path / "demo.csv")
+    alone = [replace(row, metric="return/Run", value=7.0) for row in rows if row.agent == "ppo"]
+    results.append(tmp_path / "demo.csv", alone)
+    assert report.run(["demo", "--results", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    at = lines.index(["agent", "Walk", "Run"])
+    assert lines[at + 1 : at + 3] == [["gorl", "560.5"], ["ppo", "260.5", "7"]]
+    assert report.run(["demo", "--results", str(tmp_path), "--metric", "return/Run"]) == 0
 
 
 def test_the_budget_and_the_figure_can_be_chosen(

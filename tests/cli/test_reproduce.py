@@ -42,6 +42,31 @@ def test_every_run_and_evaluation_is_recorded(scene: Scene) -> None:
     assert "training with" in (scene.folder / "runs/demo/gorl-HopperStand-s0/train.log").read_text()
 
 
+def test_agent_steps_that_a_run_did_not_tell_follow_from_its_configuration(scene: Scene) -> None:
+    scene.run(*ONE, trainer="crash")
+    assert [row.agent_steps for row in results.rows_of(scene.results)] == [0, 100]
+    (config,) = scene.folder.rglob("config.yaml")
+    config.write_text("env: {action_repeat: 4}\n")
+    scene.run(*ONE)
+    assert [row.agent_steps for row in results.rows_of(scene.results)] == [0, 25, 50]
+
+
+def test_returns_of_single_tasks_are_recorded_too(scene: Scene) -> None:
+    scene.run(*ONE, trainer="crash")
+    (table,) = scene.folder.rglob("evals.csv")
+    head, *lines = table.read_text().splitlines()
+    more = [
+        f"{head},return_mean/Walk,return_mean/Run",
+        *(f"{x},7.0,{i}" for i, x in enumerate(lines)),
+    ]
+    table.write_text("\n".join(more) + "\n")
+    scene.run(*ONE)
+    recorded = [(row.metric, row.value) for row in results.rows_of(scene.results)]
+    assert [value for metric, value in recorded if metric == "return/Walk"] == [7.0, 7.0]
+    assert [value for metric, value in recorded if metric == "return/Run"] == [0.0, 1.0]
+    assert [value for metric, value in recorded if metric == "return"] == [0.5, 1.5, 2.5]
+
+
 def test_finished_runs_are_skipped(scene: Scene) -> None:
     scene.run(*ONE)
     before = scene.results.read_text()
@@ -165,7 +190,7 @@ def test_the_real_commands_name_their_folders() -> None:
     train = reproduce_processes.train_command(["env=HopperStand"], Path("runs/a=b"))
     assert train[1:] == ["-m", "genpol.cli.main", "train", "env=HopperStand", 'output="runs/a=b"']
     assert reproduce_processes.resume_command(Path("runs/x"))[-1] == "resume=runs/x"
-    record = reproduce_processes.record_command(Path("runs/x"), ["output=y"])
+    record = reproduce_processes.record_command([Path("runs/x")], ["output=y"])
     assert record[1:] == ["-m", "genpol.cli.main", "data", "record", "runs/x", "output=y"]
     evaluate = reproduce_processes.eval_command(Path("runs/x"), ["episodes=2"])
     assert evaluate[1:] == ["-m", "genpol.cli.main", "eval", "runs/x", "json=true", "episodes=2"]

@@ -94,13 +94,13 @@ def recorded_set(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let the experiment learn from data that a run of its own records, and return the file."""
     file = scene.folder / "hopper-v0"
     entry = f"{{train: [agent=sac, steps=9], record: [episodes=3, output={file}]}}"
-    scene.add(f"recorded:\n  HopperStand: {entry}\n")
+    scene.add(f"recorded:\n  HopperStand: [{entry}]\n")
     recorder = scene.folder / "recorder.py"
     recorder.write_text(RECORDER)
 
-    def record(run_folder: Path, arguments: Sequence[str]) -> list[str]:
-        scene.calls.append(("record", *arguments))
-        return [sys.executable, "-S", str(recorder), str(run_folder), *arguments]
+    def record(acting: Sequence[Path], arguments: Sequence[str]) -> list[str]:
+        scene.calls.append(("record", *(x.name for x in acting[1:]), *arguments))
+        return [sys.executable, "-S", str(recorder), str(acting[0]), *arguments]
 
     monkeypatch.setattr(reproduce_processes, "record_command", record)
     return file
@@ -122,6 +122,19 @@ def test_a_run_is_trained_and_recorded_once_and_before_the_runs(
     assert {row.agent for row in results.rows_of(scene.results)} == {"gorl", "ppo"}
     assert scene.run("--seeds", "1", "--fresh") == 0
     assert [call[0] for call in scene.calls] == ["train", "train"]
+
+
+def test_all_checkpoints_of_a_run_are_recorded_as_a_replay(
+    scene: Scene, recorded_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene.change("{train:", "{every_checkpoint: true, train:")
+    assert scene.run("--seeds", "0", "--dry-run") == 0
+    run_folder = f'"$(echo {scene.folder}/runs/demo/data-HopperStand/*/*/*)"'
+    line = f"genpol data record {run_folder}/checkpoints/step-* episodes=3 output={recorded_set}"
+    assert capsys.readouterr().out.splitlines()[1] == line
+    assert scene.run("--seeds", "0") == 0
+    assert Path(recorded_set.read_text()).name == "step-000000000000"
+    assert scene.calls[1][:3] == ("record", "step-000000000100", "step-000000000200")
 
 
 def test_training_for_data_is_resumed_after_a_crash(
@@ -168,3 +181,21 @@ def test_a_dry_run_tells_how_the_data_are_recorded(
         f'genpol data record "$(echo {scene.folder}/runs/demo/data-HopperStand/*/*/*)" episodes=3 '
         f"output={recorded_set}",
     ]
+
+
+def test_of_several_recordings_those_that_are_there_are_not_made_anew(
+    scene: Scene, recorded_set: Path
+) -> None:
+    other = scene.folder / "walker-v0"
+    scene.change("}]\n", f"}}, {{train: [env=WalkerWalk], record: [output={other}]}}]\n")
+    assert scene.run("--seeds", "0") == 0
+    assert [call[0] for call in scene.calls] == ["train", "record", "train", "record"] + [
+        "train"
+    ] * 2
+    assert scene.calls[2] == ("train", "env=WalkerWalk")
+    assert f"data={scene.folder}" in scene.calls[4]
+    made_of = [Path(file.read_text()).parents[2].name for file in (recorded_set, other)]
+    assert made_of == ["data-HopperStand-1", "data-HopperStand-2"]
+    other.unlink()
+    assert scene.run("--seeds", "1") == 0
+    assert [call[0] for call in scene.calls] == ["record", "train", "train"]

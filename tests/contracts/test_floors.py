@@ -14,6 +14,7 @@ FLOORS = {
     "genpol.errors": 1,
     "genpol.settings": 1,
     "genpol.seeding": 1,
+    "genpol.parallel": 1,
     "genpol.provenance": 1,
     "genpol.nn": 1,
     "genpol.policies": 2,

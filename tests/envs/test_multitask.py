@@ -45,6 +45,8 @@ def test_it_keeps_the_promises_of_an_environment():
 
 def test_every_task_is_what_it_is_alone():
     env = make()
+    assert env.row_tasks == (*TASKS, *TASKS)
+    assert make(only=TASKS[1], num_envs=2).row_tasks == (TASKS[1],) * 2
     given = actions(env, 4)
     seen, earned = run(env, given)
     assert seen.shape == (5, 6, 6 + 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -38,6 +39,28 @@ def test_where_the_compiler_fails_the_function_runs_with_one_warning(monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(2) == 3
+
+
+def test_what_cuda_graphs_return_outlives_the_next_call(monkeypatch):
+    class Two(NamedTuple):
+        first: torch.Tensor
+        second: None
+
+    options = {}
+    buffer = torch.zeros(2)
+
+    def record(function, **given):
+        options.update(given)
+        return lambda x: Two(buffer.add_(x), None)
+
+    monkeypatch.setattr(compiling.torch, "compile", record)
+    run = compiled(lambda x: x, name="agent.compile", graphs=True)
+    found = [run(1.0), run(2.0)]
+    assert [x.first.tolist() for x in found] == [[1, 1], [3, 3]]
+    assert all(isinstance(x, Two) for x in found)
+    assert options["mode"] == "reduce-overhead"
+    compiled(lambda x: x, name="agent.compile")
+    assert options["mode"] is None
 
 
 def test_what_the_function_raises_is_raised():

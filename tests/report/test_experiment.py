@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genpol.errors import ConfigError
-from genpol.report import experiment
+from genpol.report import experiment, plan
 from genpol.report.plan import DataSet, Training
 
 YAML = """
@@ -121,13 +121,32 @@ def test_overrides_of_an_environment_come_after_the_common_and_before_the_run(
     }
 
 
+OF_RUNS = (
+    OF_ENVS
+    + """
+run_overrides:
+  ppo:
+    WalkerWalk: [agent.clip=0.3, num_envs=2]
+"""
+)
+
+
+def test_overrides_of_a_label_in_one_environment_come_before_all_others(tmp_path: Path) -> None:
+    plain = {run.name: run.overrides for run in load(tmp_path, OF_ENVS).plan(seeds=[5])}
+    own = {run.name: run.overrides for run in load(tmp_path, OF_RUNS).plan(seeds=[5])}
+    changed = {name for name in plain if plain[name] != own[name]}
+    assert changed == {"ppo-WalkerWalk-s5"}
+    assert {"agent.clip=0.3", "num_envs=2", "agent=ppo"} <= {*own["ppo-WalkerWalk-s5"]}
+    assert "num_envs=8" not in own["ppo-WalkerWalk-s5"]
+
+
 RECORDED = (
     YAML
     + """
 recorded:
   CheetahRun:
-    train: [agent=sac, total_steps=7]
-    record: [episodes=9, output=made/cheetah-v0]
+    - train: [agent=sac, total_steps=7]
+      record: [episodes=9, output=made/cheetah-v0]
 """
 )
 
@@ -145,6 +164,58 @@ def test_runs_learn_from_the_recorded_data_of_their_environment(tmp_path: Path) 
             name="data-CheetahRun", overrides=("env=CheetahRun", "agent=sac", "total_steps=7")
         ),
     )
+
+
+SEVERAL = (
+    YAML
+    + """
+recorded:
+  CheetahRun:
+    - {train: [agent=sac], record: [output=a/walk-v0]}
+    - {train: [agent=sac, env=CartpoleSwingup], record: [output=a/pole-v0]}
+"""
+)
+
+
+def test_runs_learn_from_a_folder_of_several_recordings(tmp_path: Path) -> None:
+    chosen = load(tmp_path, SEVERAL)
+    plan = chosen.plan(seeds=[0], only=["CheetahRun"])
+    assert all("data=a" in run.overrides for run in plan)
+    made = chosen.data_sets(plan)
+    assert [data.file for data in made] == [Path("a/walk-v0"), Path("a/pole-v0")]
+    trainings = [data.training for data in made]
+    assert trainings == [
+        Training(name="data-CheetahRun-1", overrides=("env=CheetahRun", "agent=sac")),
+        Training(name="data-CheetahRun-2", overrides=("env=CartpoleSwingup", "agent=sac")),
+    ]
+
+
+# In the file, a run may stand before those that it begins from.
+CHAINED = """
+description: A test.
+compute: none
+seeds: [0, 1]
+envs: [WalkerWalk]
+common: [total_steps=3]
+runs:
+  tuned: [agent=gorl, "init={gorl}"]
+  gorl: [agent=gorl]
+  best: ["init={tuned}", "agent.x={a: 1}"]
+"""
+
+
+def test_runs_come_behind_those_that_they_begin_from(tmp_path: Path) -> None:
+    chosen = load(tmp_path, CHAINED)
+    gorl, tuned, best = chosen.plan(seeds=[5])
+    assert [run.label for run in (gorl, tuned, best)] == ["gorl", "tuned", "best"]
+    assert (gorl.needs, tuned.needs, best.needs) == ((), (gorl,), (tuned,))
+    assert chosen.plan(seeds=[5], only=["tuned"]) == [gorl, tuned]
+    assert chosen.plan(seeds=[5], only=["gorl"]) == [gorl]
+    assert [chosen.made_of(x) for x in ("gorl", "tuned", "best")] == [
+        {"tuned", "best"},
+        {"best"},
+        set(),
+    ]
 
 
 EVALUATED = (
@@ -170,8 +241,8 @@ def test_an_evaluation_names_the_runs_of_its_environment_and_seed(tmp_path: Path
     assert planned[0].runs == (runs[0],)
     assert planned[1].runs == (runs[0], runs[1])
     folders = {"gorl": Path("some/gorl"), "ppo": Path("some/ppo")}
-    filled = ["episodes=9", "corrector=cdsa:some/ppo", "agent.x={a: 1}"]
-    assert planned[1].filled(folders) == filled
+    expected = ["episodes=9", "corrector=cdsa:some/ppo", "agent.x={a: 1}"]
+    assert plan.filled(planned[1].arguments, folders) == expected
     assert len(chosen.plan_evaluations()) == 2 * 2 * 2
 
 
@@ -227,6 +298,27 @@ def test_a_shell_repeats_an_evaluation_by_its_command(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_a_shell_repeats_a_run_after_those_that_it_needs(tmp_path: Path) -> None:
+    program = tmp_path / "genpol"
+    program.write_text(GENPOL.format(python=sys.executable))
+    program.chmod(0o755)
+    text = CHAINED.replace('"init={tuned}", ', 'agent=ppo, "init={tuned}", "other={gorl}/x", ')
+    (*_, item) = load(tmp_path, text).plan(seeds=[5])
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["sh", "-c", item.command], check=True, cwd=tmp_path, env={"PATH": path})
+    folder = "repeat/{}-WalkerWalk-s5"
+    run = folder + "/WalkerWalk/gorl/now"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"train|env=WalkerWalk|total_steps=3|agent=gorl|seed=5|output={folder.format('gorl')}",
+        f"train|env=WalkerWalk|total_steps=3|agent=gorl|init={run.format('gorl')}|seed=5"
+        f"|output={folder.format('tuned')}",
+        f"train|env=WalkerWalk|total_steps=3|agent=ppo|init={run.format('tuned')}"
+        f"|other={run.format('gorl')}/x|agent.x={{a: 1}}|seed=5"
+        f"|output={folder.format('best')}",
+    ]
+
+
 def test_a_changed_run_changes_the_commands_of_its_evaluations(tmp_path: Path) -> None:
     before = load(tmp_path, EVALUATED).plan_evaluations(seeds=[0])
     after = load(tmp_path, EVALUATED.replace("=ppo,", "=ppo, x=1,")).plan_evaluations(seeds=[0])
@@ -243,11 +335,31 @@ def test_a_changed_run_changes_the_commands_of_its_evaluations(tmp_path: Path) -
             "env_overrides of 'Walkerwalk'.*'WalkerWalk'",
         ),
         (OF_ENVS, ("num_envs=8", "num_envs"), "'num_envs' must read key=value"),
+        (
+            OF_RUNS,
+            ("    WalkerWalk: [agent", "    Walkerwalk: [agent"),
+            "run_overrides of 'ppo' in 'Walkerwalk' must be of one of envs.*'WalkerWalk'",
+        ),
+        (OF_RUNS, ("  ppo:\n    Walk", "  pp:\n    Walk"), "run_overrides needs runs 'pp'.*'ppo'"),
+        (OF_RUNS, ("agent.clip=0.3", "agent.clip"), "'agent.clip' must read key=value"),
+        (OF_RUNS, ("agent.clip=0.3", "'x={gorl}'"), "stands for the folder of a run only in runs"),
         (RECORDED, ("  CheetahRun:", "  HopperStand:"), "recorded of 'HopperStand' must be of one"),
         (RECORDED, (", output=", ", out="), "and have output=FILE"),
         (RECORDED, ("agent=sac,", "sac,"), "'sac' must read key=value"),
         (RECORDED, ("episodes=9", "9"), "'9' must read key=value"),
-        (RECORDED, ("train:", "trained:"), "recorded.CheetahRun"),
+        (RECORDED, ("train:", "trained:"), r"recorded.CheetahRun\[0\]: Key 'trained'"),
+        (
+            RECORDED,
+            ("      record: [ep", "      # record: [ep"),
+            r"recorded.CheetahRun\[0\]: .*: record",
+        ),
+        (RECORDED, ("- train:", "  train:"), "recorded.CheetahRun: must be a list of"),
+        (SEVERAL, ("a/pole", "b/pole"), "must be different data sets in one folder"),
+        (SEVERAL, ("a/pole-v0", "a/walk-v0"), "must be different data sets in one folder"),
+        (CHAINED, ("init={gorl}", "init={gorll}"), "run 'tuned' needs runs 'gorll'.*'gorl'"),
+        (CHAINED, ("[agent=gorl]", '["init={best}"]'), "tuned for gorl for best for tuned"),
+        (CHAINED, ("[agent=gorl]", '["init={gorl}"]'), "wait for each other: gorl for gorl"),
+        (CHAINED, ("[total_", '["x={gorl}", total_'), "{gorl} stands for .* only in"),
         (RECORDED, ("recorded:", "data: {CheetahRun: [output=x]}\nrecorded:"), "data and in rec"),
         (EVALUATED, ("run: gorl}", "run: gorll}"), "needs runs 'gorll', which there are not"),
         (EVALUATED, ("cdsa:{ppo}", "cdsa:{pp}"), "'pp', which there are not. Did you mean 'ppo'"),

@@ -12,8 +12,8 @@ from genpol.report import results
 from genpol.report.results import ResultRow
 
 HEADER = (
-    "experiment,agent,env,seed,env_steps,gradient_steps,metric,value,episodes,wall_clock_s,"
-    "commit,machine,command"
+    "experiment,agent,env,seed,env_steps,agent_steps,gradient_steps,metric,value,episodes,"
+    "wall_clock_s,commit,machine,command"
 )
 
 
@@ -24,6 +24,7 @@ def row(**changes: object) -> ResultRow:
         env="HopperStand",
         seed=0,
         env_steps=1_000_000,
+        agent_steps=500_000,
         gradient_steps=10,
         metric="return",
         value=512.25,
@@ -54,6 +55,14 @@ def test_the_columns_are_those_that_were_promised(tmp_path: Path) -> None:
     results.append(tmp_path / "demo.csv", [row()])
     assert (tmp_path / "demo.csv").read_text().splitlines()[0] == HEADER
     assert ",".join(field.name for field in fields(ResultRow)) == HEADER
+
+
+def test_results_from_before_agent_steps_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "demo.csv"
+    path.write_text(HEADER.replace("agent_steps,", "") + "\n")
+    with pytest.raises(DatasetError, match="before results had agent_steps; move it away") as error:
+        results.read(path)
+    assert "\n" not in str(error.value)
 
 
 def test_no_row_is_lost_among_concurrent_writers(tmp_path: Path) -> None:

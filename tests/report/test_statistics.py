@@ -25,6 +25,7 @@ def frame(
             "env": env,
             "seed": seed,
             "env_steps": step,
+            "agent_steps": step // 2,
             "metric": "return",
             "value": value,
             "episodes": 100,

@@ -126,6 +126,20 @@ def test_nonfinite_rewards_after_the_end_do_not_reach_the_return(still):
     assert evaluate(still, env, episodes=2, seed=0).returns.tolist() == [1, 5]
 
 
+def test_returns_are_told_apart_by_the_tasks_of_the_environments(still):
+    script = [[1], [2], [BAD], [4]]
+    env = ScriptedEnv(reward=script, end=[[1]] * 4, diverged=[[0], [0], [1], [0]])
+    assert evaluate(still, env, episodes=4, seed=0).summary().keys().isdisjoint({"return_mean/a"})
+    env.row_tasks = ("a", "b", "a", "b")
+    found = evaluate(still, env, episodes=7, seed=0)  # the second round is of three
+    assert {name: x.tolist() for name, x in found.task_returns.items()} == {
+        "a": [1, 1],
+        "b": [2, 4, 2],
+    }
+    told = found.summary()
+    assert (told["return_mean/a"], told["return_mean/b"]) == (1, pytest.approx(8 / 3))
+
+
 def test_lengths_count_the_steps_up_to_the_end(still):
     env = ScriptedEnv(reward=[[0] * 4] * 3, end=[[0, 1, 0, 1], [0, 0, 0, 1], [1, 0, 1, 1]])
     assert evaluate(still, env, episodes=3, seed=0).lengths.tolist() == [2, 4, 1]

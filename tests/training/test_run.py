@@ -25,10 +25,10 @@ def run(tmp_path):
     return create(tmp_path)
 
 
-def create(root, **options):
+def create(root, config=CONFIG, **options):
     command = ["genpol", "train", "x=a b"]
     options = {"tensorboard": False, **options}
-    return Run.create(root, "HopperStand", "gorl", 3, CONFIG, command, **options)
+    return Run.create(root, "HopperStand", "gorl", 3, config, command, **options)
 
 
 def reopen(run):
@@ -152,8 +152,36 @@ def test_names_with_commas_and_quotes_survive(run):
 
 def test_evaluations_have_the_agreed_columns(run):
     run.log_evaluation(100, 5, 1.0, EVALUATION)
-    assert header(run, "evals.csv") == [*PROGRESS_COLUMNS, *EVALUATION_COLUMNS]
+    assert header(run, "evals.csv") == [
+        *("env_steps", "agent_steps", "gradient_steps", "wall_clock_s"),
+        *EVALUATION_COLUMNS,
+    ]
     assert rows(run, "evals.csv")[0]["episodes"] == "10"
+
+
+def test_agent_steps_are_those_of_actions_that_are_held(tmp_path):
+    held = create(tmp_path, config={"env": {"action_repeat": 8}})
+    held.log_evaluation(400, 5, 1.0, EVALUATION)
+    assert rows(held, "evals.csv")[0]["agent_steps"] == "50"
+    plain = create(tmp_path, config={"env": {"id": "Pendulum-v1"}})
+    plain.log_evaluation(400, 5, 1.0, EVALUATION)
+    assert rows(plain, "evals.csv")[0]["agent_steps"] == "400"
+
+
+def test_a_table_from_before_agent_steps_gets_them_when_the_run_goes_on(tmp_path):
+    run = create(tmp_path, config={"env": {"action_repeat": 2}})
+    old = "env_steps,gradient_steps,wall_clock_s," + ",".join(EVALUATION_COLUMNS)
+    numbers = ",".join("7" for _ in EVALUATION_COLUMNS)
+    (run.path / "evals.csv").write_text(f"{old}\n0,0,0.1,{numbers}\n100,9,1.5,{numbers}\n")
+    resumed = reopen(run)
+    resumed.check_tables()
+    resumed.truncate_to(100)
+    resumed.log_evaluation(200, 10, 2.0, EVALUATION)
+    found = rows(run, "evals.csv")
+    assert [row["agent_steps"] for row in found] == ["0", "50", "100"]
+    assert [row["gradient_steps"] for row in found] == ["0", "9", "10"]
+    assert header(run, "evals.csv")[:2] == ["env_steps", "agent_steps"]
+    assert found[1]["return_mean"] == "7"
 
 
 def test_an_evaluation_may_say_more_but_not_less(run):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 
-from genpol.objectives.plan_search import search_schedule
+from genpol.objectives.plan_search import mppi_weights, search_schedule, search_weights
 from genpol.world_model import (
     DiffusionPlanner,
     EnergyScale,
@@ -16,8 +17,9 @@ from genpol.world_model import (
     ScorePlanner,
     WorldModel,
 )
-from genpol.world_model import planning as searches
-from genpol.world_model.planning import imagined_return, policy_plans, reverse_diffusion
+from genpol.world_model.planning import imagined_return, policy_plans
+from genpol.world_model.search import mppi as mppi_rounds
+from genpol.world_model.search import reverse_diffusion, weigh_candidates
 from genpol.world_model.settings import ModelSize
 
 BEST = torch.tensor([-0.510024, -0.127486, -0.031866])
@@ -64,6 +66,18 @@ def search(planner, system, state, rows=20, seed=0):
     latent = torch.full((rows, 1), state)
     draws = planner.draw(rows, generator(seed))
     return planner.plan(latent, torch.zeros(rows, 3, 1), draws, system.task())
+
+
+def sampler(returns, noise, weights=search_weights, **options):
+    """Return what makes rounds of given returns and noise."""
+
+    def weigh(gained):
+        return weights(gained, temperature=0.5, **options)
+
+    def sample(centre, std, index):
+        return weigh_candidates(centre, std, noise[index], returns, weigh)
+
+    return sample
 
 
 def value(system, plan, state):
@@ -135,13 +149,9 @@ def test_flat_returns_let_plans_drift_as_far_as_chance_goes():
     """Oracle 9: the fixed anneal takes N draws of each width, and nothing else moves the plan."""
     rows, number = 800, 512
     schedule = search_schedule(20)
-    found = reverse_diffusion(
-        torch.full((rows, 1, 1), 0.3),
-        lambda plans, _: torch.zeros(plans.shape[:2]),
-        schedule,
-        torch.randn(19, rows, number, 1, 1, generator=generator()),
-        temperature=0.5,
-    )
+    noise = torch.randn(19, rows, number, 1, 1, generator=generator())
+    sample = sampler(lambda plans: torch.zeros(plans.shape[:2]), noise)
+    found = reverse_diffusion(torch.full((rows, 1, 1), 0.3), sample, schedule)
     chance = math.sqrt(sum(schedule.sigma(level) ** 2 for level in range(1, 20)) / number)
     assert chance == pytest.approx(0.038, abs=1e-3)
     assert found.plan.mean().item() == pytest.approx(0.298, abs=5e-3)
@@ -150,10 +160,9 @@ def test_flat_returns_let_plans_drift_as_far_as_chance_goes():
 
 def test_a_search_begins_at_the_plan_that_it_is_given():
     start, noise = torch.tensor([0.4, -0.2, 0.0]).view(1, 3, 1), torch.randn(1, 1, 32, 3, 1)
+    sample = sampler(lambda plans: torch.zeros(1, 32), noise)
     found = [
-        reverse_diffusion(
-            x, lambda plans, _: torch.zeros(1, 32), search_schedule(2), noise, temperature=0.5
-        ).plan
+        reverse_diffusion(x, sample, search_schedule(2)).plan
         for x in (start, torch.zeros_like(start))
     ]
     torch.testing.assert_close(found[0] - found[1], start, rtol=0, atol=1e-3)
@@ -163,19 +172,17 @@ def test_a_search_begins_at_the_plan_that_it_is_given():
 @pytest.mark.parametrize("kind", ["reverse_diffusion", "mppi"])
 def test_a_return_that_is_not_finite_counts_as_zero(kind, unknown):
     start, noise = torch.zeros(1, 3, 1), torch.randn(3, 1, 32, 3, 1, generator=generator())
-    options = {"temperature": 0.5, "elites": 8}
-    if kind == "mppi":
-        options |= {"least": 0.05, "greatest": 2.0}
-    else:
-        options["schedule"] = search_schedule(4)
 
     def found(instead):
-        def returns(plans, _):
+        def returns(plans):
             gained = -plans.square().sum((-2, -1))
             gained[:, ::5] = instead
             return gained
 
-        return getattr(searches, kind)(start, returns, noise=noise, **options)
+        if kind == "mppi":
+            sample = sampler(returns, noise, mppi_weights, elites=8)
+            return mppi_rounds(start, sample, 3, least=0.05, greatest=2.0)
+        return reverse_diffusion(start, sampler(returns, noise, elites=8), search_schedule(4))
 
     plan = found(unknown).plan
     assert plan.isfinite().all()
@@ -367,3 +374,24 @@ def test_two_critics_are_drawn_for_each_round():
     assert drawn.shape == (19, 2)
     assert (drawn[:, 0] != drawn[:, 1]).all()
     assert set(drawn.flatten().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("make", [diffusion, mppi])
+def test_a_compiled_round_is_what_it_is_in_eager_mode(make):
+    """One round: behind that, what rounding makes of the best K may be another plan."""
+    made = model(action_dims=(1, 2), task_dim=4)
+    options = {"steps": 2} if make is diffusion else {"rounds": 1}
+    planner = make(made, number=96, own=8, **options)
+    task, draws = made.task(torch.tensor([0, 1])), planner.draw(2, generator())
+    inputs = (torch.rand(2, 16, generator=generator()), torch.zeros(2, 3, 2), draws, task)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot compile here")
+        expected = planner.plan(*inputs)
+        torch._dynamo.reset()
+        planner.compile("agent.compile")
+        found = planner.plan(*inputs)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

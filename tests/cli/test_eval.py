@@ -95,7 +95,7 @@ def test_an_experiment_finds_every_number_that_it_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "evals.csv").write_text(
-        "env_steps,gradient_steps,wall_clock_s,episodes,return_mean\n5,1,2.0,5,0.0\n"
+        "env_steps,agent_steps,gradient_steps,wall_clock_s,episodes,return_mean\n5,5,1,2.0,5,0.0\n"
     )
     run = Run(name="x", overrides=(), experiment="x", label="gorl", env="HopperStand", seed=0)
     item = Planned(label="plain", run=run, others=(), arguments=())

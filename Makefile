@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 METAWORLD_VENV ?= .venv-metaworld
 METAWORLD_STAMP := $(METAWORLD_VENV)/.installed
+MJLAB_VENV ?= .venv-mjlab
+MJLAB_STAMP := $(MJLAB_VENV)/.installed
 ISAACLAB_PYTHON ?= python3.12
 ISAACLAB_VENV ?= .venv-isaaclab
 ISAACLAB_STAMP := $(ISAACLAB_VENV)/.installed
@@ -17,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=20000
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow check bench format clean metaworld test-metaworld \
-	isaaclab test-isaaclab
+	mjlab test-mjlab isaaclab test-isaaclab
 
 help:
 	@echo "make train [ARGS='agent=ppo total_steps=2e6']   train on HopperStand"
@@ -26,6 +28,7 @@ help:
 	@echo "make check | format                             lint and type check | format"
 	@echo "make bench [ARGS='num_envs=1024']               measure the throughput"
 	@echo "make metaworld | test-metaworld                 set up .venv-metaworld for Meta-World | test it"
+	@echo "make mjlab | test-mjlab                         set up .venv-mjlab for mjlab | test it"
 	@echo "make isaaclab | test-isaaclab                   set up .venv-isaaclab for Isaac Lab | test it"
 	@echo "make clean                                      remove .venv* and caches, keep runs/"
 	@echo "PYTHON=python3.12 make test                     with another interpreter"
@@ -36,20 +39,34 @@ $(STAMP): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[dev]'
 	touch $@
 
-# Meta-World pins an older MuJoCo, which the native MuJoCo tasks cannot do with.
-$(METAWORLD_STAMP): pyproject.toml constraints.txt constraints-metaworld.txt
-	$(PYTHON) -m venv $(METAWORLD_VENV)
+# $(1): where to; $(2): the extra, whose own versions are in constraints-$(2).txt.
+define own_environment
+	$(PYTHON) -m venv $(1)
 	awk -F== 'NR == FNR { own[$$1]; print; next } !($$1 in own)' \
-		constraints-metaworld.txt constraints.txt > $(METAWORLD_VENV)/constraints.txt
-	$(METAWORLD_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c $(METAWORLD_VENV)/constraints.txt -e '.[metaworld,dev]'
+		constraints-$(2).txt constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(1)/constraints.txt -e '.[$(2),dev]'
 	touch $@
+endef
+
+# Meta-World and mjlab pin older MuJoCos; with Meta-World's the native tasks cannot do.
+$(METAWORLD_STAMP): pyproject.toml constraints.txt constraints-metaworld.txt
+	$(call own_environment,$(METAWORLD_VENV),metaworld)
+
+$(MJLAB_STAMP): pyproject.toml constraints.txt constraints-mjlab.txt
+	$(call own_environment,$(MJLAB_VENV),mjlab)
 
 metaworld: $(METAWORLD_STAMP)
 	@echo "Meta-World is in $(METAWORLD_VENV): $(METAWORLD_VENV)/bin/genpol train env=reach-v3 ..."
 
 test-metaworld: $(METAWORLD_STAMP)
 	$(TEST_ENV) $(METAWORLD_VENV)/bin/python -m pytest -m metaworld $(ARGS)
+
+mjlab: $(MJLAB_STAMP)
+	@echo "mjlab is in $(MJLAB_VENV): $(MJLAB_VENV)/bin/genpol train env=mjlab ..."
+
+test-mjlab: $(MJLAB_STAMP)
+	$(TEST_ENV) $(MJLAB_VENV)/bin/python -m pytest -m mjlab $(ARGS)
 
 # Isaac Lab needs Python 3.12 and pins PyTorch. Without OMNI_KIT_ACCEPT_EULA it asks.
 $(ISAACLAB_STAMP): pyproject.toml constraints.txt constraints-isaaclab.txt
@@ -94,5 +111,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(METAWORLD_VENV) $(ISAACLAB_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	rm -rf $(VENV) $(METAWORLD_VENV) $(MJLAB_VENV) $(ISAACLAB_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

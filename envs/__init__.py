@@ -1,4 +1,4 @@
-"""Simulators: native batched MuJoCo tasks, OGBench, Meta-World, Isaac Lab, gymnasium, dm_control.
+"""Simulators: native MuJoCo tasks, OGBench, Meta-World, Isaac Lab, mjlab, gymnasium, dm_control.
 
 Every environment made here is a torchrl ``EnvBase`` of batch size ``[num_envs]``: actions in
 ``[-1, 1]``, one ``observation`` vector, ``terminated`` apart from ``truncated``, and ``diverged``
@@ -18,6 +18,7 @@ from genpol.envs.settings import (
     GymSettings,
     IsaacLabSettings,
     MetaWorldSettings,
+    MjlabSettings,
     MujocoSettings,
     MultiTaskSettings,
     OGBenchSettings,
@@ -38,6 +39,7 @@ __all__ = [
     "GymSettings",
     "IsaacLabSettings",
     "MetaWorldSettings",
+    "MjlabSettings",
     "MujocoSettings",
     "MultiTaskSettings",
     "OGBenchSettings",
@@ -68,6 +70,7 @@ def settings_classes() -> dict[str, type]:
         "ogbench": OGBenchSettings,
         "metaworld": MetaWorldSettings,
         "isaaclab": IsaacLabSettings,
+        "mjlab": MjlabSettings,
     }
 
 
@@ -165,6 +168,10 @@ def make(
             return make_metaworld(settings, num_envs, device, seed, stagger=training)
         case IsaacLabSettings():
             return _make_isaaclab(settings, num_envs, device, seed, training=training)
+        case MjlabSettings():
+            from genpol.envs.mjlab import MjlabEnv
+
+            return MjlabEnv(settings, num_envs=num_envs, device=device, seed=seed, stagger=training)
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -12,6 +12,57 @@ from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from genpol.errors import CheckpointError
+
+
+class Outcome(NamedTuple):
+    """What a step gives.
+
+    Attributes:
+        seen: What is observed, by key ``[num_envs, d]``.
+        reward: ``[num_envs, 1]``, as all that follow.
+        terminated: Where the task ended.
+        truncated: Where an episode ended without that.
+        diverged: Where physics broke down.
+    """
+
+    seen: dict[str, Tensor]
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    diverged: Tensor
+
+
+def contain_divergence(
+    before: Mapping[str, Tensor],
+    seen: Mapping[str, Tensor],
+    *,
+    reward: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+) -> Outcome:
+    """Return a step's outcome in which nothing is non-finite.
+
+    Where an observation or the reward is, the episode ends there with ``truncated`` and
+    ``diverged``, reward 0 and the last good observation.
+
+    Args:
+        before: What was observed before the step, by key ``[num_envs, d]``.
+        seen: What is observed after it.
+        reward: As many numbers as there are environments.
+        terminated: As many truth values.
+        truncated: As many.
+    """
+    reward = reward.view(-1, 1).float()
+    sane = reward.isfinite()
+    for x in seen.values():
+        sane = sane & x.isfinite().all(-1, keepdim=True)
+    return Outcome(
+        {key: torch.where(sane, x, before[key]) for key, x in seen.items()},
+        torch.where(sane, reward, 0.0),
+        terminated.view(-1, 1).bool() & sane,
+        truncated.view(-1, 1).bool() | ~sane,
+        ~sane,
+    )
 
 
 class BatchedEnv(EnvBase):
@@ -108,6 +159,17 @@ class BatchedEnv(EnvBase):
             {**seen, **{name: x.clone() for name, x in flags.items()}, **more},
             self.batch_size,
             device=self.device,
+        )
+
+    def output_of(self, outcome: Outcome) -> TensorDict:
+        """Return what a step gives, in tensors that nobody else holds."""
+        return self.output(
+            outcome.seen,
+            is_init=torch.zeros_like(outcome.diverged),
+            diverged=outcome.diverged,
+            terminated=outcome.terminated,
+            truncated=outcome.truncated,
+            reward=outcome.reward,
         )
 
     def state_dict_of_simulation(self) -> dict[str, Tensor] | None:

@@ -224,6 +224,22 @@ class IsaacLabSettings(HistorySettings):
         positive("env.action_bound", self.action_bound)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MjlabSettings(HistorySettings):
+    """A task of mjlab, simulated by MuJoCo Warp on the run's device."""
+
+    batched: ClassVar[bool] = True
+
+    task: str = "Mjlab-Velocity-Flat-Unitree-Go1"
+    """Any that mjlab, or a package that extends it, registers: Mjlab-Cartpole-Swingup, ..."""
+    action_bound: float = 1.0
+    """What an action of 1 is to the task, whose own actions have no bounds."""
+
+    def __post_init__(self) -> None:
+        _not_empty("env.task", self.task)
+        positive("env.action_bound", self.action_bound)
+
+
 Settings = (
     MujocoSettings
     | MultiTaskSettings
@@ -232,6 +248,7 @@ Settings = (
     | OGBenchSettings
     | MetaWorldSettings
     | IsaacLabSettings
+    | MjlabSettings
 )
 
 
@@ -254,6 +271,8 @@ def label(settings: Settings) -> str:
             return settings.name + ("-dense" if settings.reward == "dense" else "")
         case IsaacLabSettings():
             return f"isaaclab-{settings.task.rpartition(':')[2]}"
+        case MjlabSettings():
+            return settings.task
     raise TypeError(f"no simulator family has settings of type {type(settings).__name__}")
 
 

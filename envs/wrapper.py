@@ -21,7 +21,7 @@ from torch import Tensor
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
 
-from genpol.envs.base import BatchedEnv
+from genpol.envs.base import BatchedEnv, contain_divergence
 from genpol.errors import ConfigError, EnvironmentFault, GenpolError
 
 # The time limit of environments that declare none.
@@ -179,24 +179,18 @@ class TorchrlEnv(BatchedEnv):
         with self._faults():
             after = self._running().step(TensorDict({"action": action}, self.batch_size))["next"]
         self._elapsed += 1
-        seen = self._read_observation(after)
-        reward = after["reward"].view(-1, 1).float()
-        diverged = ~(seen["observation"].isfinite().all(-1, keepdim=True) & reward.isfinite())
-        self.num_diverged += int(diverged.sum())
-        self._seen = _choose(diverged, self._seen, seen)
-        self._is_init = torch.zeros_like(diverged)
-        reward = torch.where(diverged, 0.0, reward)
-        terminated = after["terminated"].view(-1, 1) & ~diverged
         out_of_time = (self._elapsed >= self.max_episode_steps).unsqueeze(-1)
-        truncated = after["truncated"].view(-1, 1) | out_of_time | diverged
-        return self.output(
+        outcome = contain_divergence(
             self._seen,
-            is_init=self._is_init,
-            diverged=diverged,
-            terminated=terminated,
-            truncated=truncated,
-            reward=reward,
+            self._read_observation(after),
+            reward=after["reward"],
+            terminated=after["terminated"],
+            truncated=after["truncated"].view(-1, 1) | out_of_time,
         )
+        self.num_diverged += int(outcome.diverged.sum())
+        self._seen = outcome.seen
+        self._is_init = torch.zeros_like(outcome.diverged)
+        return self.output_of(outcome)
 
     def _read_observation(self, after: TensorDictBase) -> dict[str, Tensor]:
         """Copy what is passed on out of the buffers of workers."""

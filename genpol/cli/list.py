@@ -30,6 +30,7 @@ _SIMULATORS = {
     "ogbench": "OGBench",
     "metaworld": "Meta-World",
     "isaaclab": "Isaac Lab",
+    "mjlab": "mjlab",
     "gym": "others",
     "dm_control": "others",
 }

@@ -503,7 +503,7 @@ def _versions() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    for simulator in ("dm-control", "gymnasium", "ogbench", "metaworld", "isaaclab"):
+    for simulator in ("dm-control", "gymnasium", "ogbench", "metaworld", "isaaclab", "mjlab"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[simulator] = importlib.metadata.version(simulator)
     return versions

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "gym": ["env.id=Pendulum-v1"],
     "dm_control": ["env.domain=cartpole", "env.task=swingup"],
     "isaaclab": ["env.task=quadruped"],
+    "mjlab": ["env.task=Mjlab-Cartpole-Swingup"],
 }
 # One of Meta-World's stands for all: composing takes a second, and the files are alike.
 COMPOSED = [name for name in names("env") if name not in METAWORLD_NAMES[1:]]
@@ -52,6 +53,7 @@ NAMED = {
     "world-model-pretraining": ("multitask", PLANNING),
     "world-model-finetuning": ("multitask", PLANNING),
     "sac-replay": ("ReacherEasy", ("sac",)),
+    "ppo-locomotion": ("Hopper-v5", ("ppo",)),
 }
 
 

@@ -19,6 +19,7 @@ from genpol.envs import (
     GymSettings,
     IsaacLabSettings,
     MetaWorldSettings,
+    MjlabSettings,
     MujocoSettings,
     OGBenchSettings,
     Settings,
@@ -41,12 +42,14 @@ FAMILIES: dict[str, tuple[Settings, int]] = {
     "metaworld": (MetaWorldSettings(), 1),
     "isaaclab": (IsaacLabSettings(), 4),
     "isaaclab-critic": (IsaacLabSettings(task="quadruped"), 3),
+    "mjlab": (MjlabSettings(task="Mjlab-Cartpole-Swingup"), 4),
 }
 MARKS = {
     "ogbench-workers": pytest.mark.slow,  # its model takes seconds to compile, in every worker
     "metaworld": pytest.mark.metaworld,
     "isaaclab": pytest.mark.isaaclab,
     "isaaclab-critic": pytest.mark.isaaclab,
+    "mjlab": pytest.mark.mjlab,
 }
 
 
@@ -65,6 +68,8 @@ def env(request: pytest.FixtureRequest) -> Iterator[EnvBase]:
         pytest.importorskip("ogbench", reason="needs the extra genpol[ogbench]")
     if isinstance(settings, MetaWorldSettings):
         pytest.importorskip("metaworld", reason="needs Meta-World: make test-metaworld")
+    if isinstance(settings, MjlabSettings):
+        pytest.importorskip("mjlab", reason="needs mjlab: make test-mjlab")
     if isinstance(settings, IsaacLabSettings):
         pytest.importorskip("isaaclab", reason="needs Isaac Lab: make test-isaaclab")
         # Those to evaluate in live in a process of their own, where clocks cannot be set.

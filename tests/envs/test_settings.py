@@ -13,6 +13,7 @@ from genpol.envs import (
     DMControlSettings,
     GymSettings,
     MetaWorldSettings,
+    MjlabSettings,
     MujocoSettings,
     OGBenchSettings,
 )
@@ -46,6 +47,7 @@ def test_importing_imports_no_simulator() -> None:
         (OGBenchSettings(goal_conditioned=True, task=5), "cube-single-play-goal-task5"),
         (MetaWorldSettings(name="peg-insert-side-v3"), "peg-insert-side-v3"),
         (MetaWorldSettings(reward="dense"), "reach-v3-dense"),
+        (MjlabSettings(task="Mjlab-Cartpole-Balance"), "Mjlab-Cartpole-Balance"),
     ],
 )
 def test_labels(settings: envs.Settings, label: str) -> None:
@@ -62,6 +64,7 @@ def test_every_family_has_settings_with_defaults() -> None:
         "ogbench",
         "metaworld",
         "isaaclab",
+        "mjlab",
     ]
     for settings_class in classes.values():
         assert dataclasses.is_dataclass(settings_class())
@@ -80,6 +83,8 @@ def test_every_family_has_settings_with_defaults() -> None:
         (OGBenchSettings, {"success_timing": "now"}, r"env\.success_timing.*post, pre"),
         (MetaWorldSettings, {"name": "push-v4"}, r"env\.name.*Did you mean 'push-v3'"),
         (MetaWorldSettings, {"reward": "spares"}, r"env\.reward.*Did you mean 'sparse'"),
+        (MjlabSettings, {"task": ""}, r"env\.task is empty"),
+        (MjlabSettings, {"action_bound": 0.0}, r"env\.action_bound = 0.0: must be > 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings_class: type, values: dict, message: str) -> None:

@@ -13,11 +13,13 @@ from genpol.cli import (
     bench_calls,
     bench_fql,
     bench_guidance,
+    bench_isaaclab,
     bench_latency,
     bench_ppo,
     bench_search,
     bench_stepping,
 )
+from genpol.envs import label
 from genpol.errors import ConfigError, nearest
 from genpol.provenance import code_version, machine, usable_cores
 
@@ -33,6 +35,9 @@ usage: genpol bench env=NAME [num_envs=1024] [key=value ...] [options]
 
 Measures the environment alone, with the policy, under torchrl's Collector and with learning, beside
 a bare C loop over mj_step, EnvPool, gymnasium's AsyncVectorEnv and torchrl's ParallelEnv.
+
+Isaac Lab's tasks (env=isaaclab env.task=cartpole) are measured beside Isaac Lab's own environment,
+rsl_rl's PPO and Isaac Lab's torchrl trainer, all on one simulation.
 
 With --learning, which these agents without env= imply, measures
   agent=ppo   PPO beside stable-baselines3 and one-file PPO in cleanrl's style: updates alone in
@@ -65,6 +70,7 @@ examples:
   genpol bench env=CheetahRun agent=ppo --only genpol-env,mj_step,envpool rounds=3
   genpol bench agent=ppo --save
   genpol bench agent=qgf num_envs=50
+  genpol bench env=isaaclab env.task=cartpole agent=ppo num_envs=1024
   genpol bench env=Walker2d-v5 --learning num_envs=64 agent.epochs=10
 """
 
@@ -87,6 +93,8 @@ class _Suite:
     title: Callable[[TrainSettings], str] = lambda settings: "environment steps/s"
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Overrides where none are given."""
+    place: Callable[[TrainSettings], str] = lambda settings: str(settings.choices.env)
+    """The environment in the results."""
     counts: str = "env_steps"
     """Column of the results that says how much work a round was."""
 
@@ -99,6 +107,16 @@ _STEPPING = _Suite(
     metric=lambda key: f"env_steps_per_s/{key}",
     baseline=lambda key: "mj_step",
     baseline_name="mj_step",
+)
+_ISAACLAB = _Suite(
+    prefix="bench",
+    keys=bench_isaaclab.KEYS,
+    contenders=bench_isaaclab.contenders,
+    ratios=bench_isaaclab.RATIOS,
+    metric=lambda key: f"env_steps_per_s/{key}",
+    baseline=lambda key: "isaaclab-env",
+    baseline_name="isaaclab-env",
+    place=lambda settings: label(settings.env),
 )
 # By the agent that is measured.
 _LEARNING = {
@@ -159,7 +177,8 @@ def run(arguments: list[str]) -> int:
     options = _parse(arguments)
     if options.learning in _CALLS:
         return _run_calls(_CALLS[options.learning], options)
-    suite = _LEARNING[options.learning] if options.learning else _STEPPING
+    stepping = _ISAACLAB if "env=isaaclab" in options.overrides else _STEPPING
+    suite = _LEARNING[options.learning] if options.learning else stepping
     _check_names(options.only, suite.keys)
     import torch
 
@@ -212,7 +231,7 @@ def _print(
     from rich.table import Table
 
     title = (
-        f"{settings.choices.env}, {settings.num_envs} environments, {usable_cores()} cores: "
+        f"{suite.place(settings)}, {settings.num_envs} environments, {usable_cores()} cores: "
         f"{suite.title(settings)}"
     )
     table = Table(box=None, pad_edge=False)
@@ -285,9 +304,9 @@ def _rows(
         values |= {"wall_clock_s": 0.0, **measured}
         values["agent_steps"] = values["env_steps"] // getattr(settings.env, "action_repeat", 1)
         return results.ResultRow(
-            experiment=f"{suite.prefix}-{settings.choices.env}",
+            experiment=f"{suite.prefix}-{suite.place(settings)}",
             agent=contender,
-            env=settings.choices.env,
+            env=suite.place(settings),
             metric=metric,
             value=float(f"{value:.6g}"),
             episodes=0,

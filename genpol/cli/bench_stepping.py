@@ -37,7 +37,13 @@ def contenders(settings: TrainSettings) -> list[Contender]:
     from genpol.report import benchmark
 
     num_threads = getattr(settings.env, "num_threads", 0) or usable_cores()
-    physics, environment, *rest = _own(settings)
+    open_env = partial(_make_env, settings)
+    physics = benchmark.Contender(
+        key="genpol-physics",
+        what="physics alone: no observation, reward or reset",
+        build=partial(_physics, settings),
+    )
+    environment, *rest = own(settings, open_env)
     bare_loop = benchmark.Contender(
         key="mj_step",
         what=f"bare C loop over mj_step, {num_threads} threads",
@@ -48,20 +54,29 @@ def contenders(settings: TrainSettings) -> list[Contender]:
     return [physics, environment, bare_loop, envpool, *rest, *pools]
 
 
-def _own(settings: TrainSettings) -> list[Contender]:
+def own(settings: TrainSettings, open_env: Callable[[ExitStack], EnvBase]) -> list[Contender]:
+    """Return the library's environment as a contender: alone, with a policy, and with learning.
+
+    Args:
+        settings: Of environment and agent.
+        open_env: Makes the environment.
+    """
     from genpol.report.benchmark import Contender
 
     agent = settings.choices.agent
-    table: list[tuple[str, str, Callable[[TrainSettings, ExitStack], Chunk]]] = [
-        ("genpol-physics", "physics alone: no observation, reward or reset", _physics),
+    table: list[tuple[str, str, Callable[[TrainSettings, EnvBase, ExitStack], Chunk]]] = [
         ("genpol-env", "environment with resets, random actions", _environment),
         ("genpol-policy", f"with {agent}'s policy, hand-written loop", _hand_loop),
         ("genpol-collector", f"with {agent}'s policy, torchrl Collector", _collector),
         ("genpol-learning", f"with {agent}'s updates", _learning),
     ]
-    return [
-        Contender(key=key, what=what, build=partial(build, settings)) for key, what, build in table
-    ]
+
+    def contender(key: str, what: str, build: Callable[..., Chunk]) -> Contender:
+        return Contender(
+            key=key, what=what, build=lambda cleanup: build(settings, open_env(cleanup), cleanup)
+        )
+
+    return [contender(*row) for row in table]
 
 
 def _make_env(settings: TrainSettings, cleanup: ExitStack, num_envs: int | None = None) -> EnvBase:
@@ -91,10 +106,9 @@ def _make_agent(settings: TrainSettings, env: EnvBase) -> Agent:
     return agent
 
 
-def _environment(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
+def _environment(settings: TrainSettings, env: EnvBase, cleanup: ExitStack) -> Chunk:
     from genpol.report import benchmark
 
-    env = _make_env(settings, cleanup)
     return benchmark.stepping(env, _action_repeat(env))
 
 
@@ -133,12 +147,11 @@ def _bare_loop(settings: TrainSettings, num_threads: int, cleanup: ExitStack) ->
     return benchmark.bare_loop(env.task.model, states, env.task.num_substeps, num_threads, cleanup)
 
 
-def _hand_loop(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
+def _hand_loop(settings: TrainSettings, env: EnvBase, cleanup: ExitStack) -> Chunk:
     """Return rollouts as one would write them by hand, into storage made once."""
     import torch
     from torchrl.envs import ExplorationType, set_exploration_type
 
-    env = _make_env(settings, cleanup)
     policy = _make_agent(settings, env).policy
     data = env.reset()
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
@@ -157,15 +170,13 @@ def _hand_loop(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
     return _burnt_in(chunk)
 
 
-def _collector(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
-    env = _make_env(settings, cleanup)
+def _collector(settings: TrainSettings, env: EnvBase, cleanup: ExitStack) -> Chunk:
     frames = _ROLLOUT_STEPS * settings.num_envs
     batches = _batches(env, _make_agent(settings, env), frames, cleanup)
     return _burnt_in(lambda: int(next(batches).numel()) * _action_repeat(env))
 
 
-def _learning(settings: TrainSettings, cleanup: ExitStack) -> Chunk:
-    env = _make_env(settings, cleanup)
+def _learning(settings: TrainSettings, env: EnvBase, cleanup: ExitStack) -> Chunk:
     agent = _make_agent(settings, env)
     batches = _batches(env, agent, agent.frames_per_batch, cleanup)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from genpol import settings as check
 from genpol.agent import Specs
 from genpol.data.episodes import EpisodeTracker, FinishedEpisodes
 from genpol.errors import ConfigError
@@ -25,41 +24,12 @@ from genpol.objectives.advantages import (
     mixed_value_at_risk,
 )
 from genpol.objectives.selection import pipo_coefficients
-
-if TYPE_CHECKING:
-    from genpol.on_policy.settings import OnPolicySettings
+from genpol.on_policy.settings import OnPolicySettings
 
 # Interquartile range of so many returns scales the steps of the tracked quantiles.
 _RISK_WINDOW = 100
 # Decay of the running standard deviations that weigh reward terms (DVAO).
 _STD_DECAY = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class RiskSettings:
-    """Mixed value-at-risk of episode returns (RiskPO)."""
-
-    coefficient: float = 0.0
-    """Weight beside the normalised advantage; 0 for none, 0.5 is a start."""
-    low_level: float = 0.2
-    """Level of the quantile below which returns are the tail."""
-    high_level: float = 0.8
-    """Level above which returns no longer differ."""
-    mixing: float = 1.5
-    """Weight of the tail against the middle."""
-    rate: float = 0.1
-    """Step of the tracked quantiles, in interquartile ranges."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of bounds."""
-        for name in ("coefficient", "mixing"):
-            check.at_least(f"agent.risk.{name}", getattr(self, name), 0.0)
-        check.positive("agent.risk.rate", self.rate)
-        if not 0 < self.low_level < self.high_level < 1:
-            raise ConfigError(
-                f"agent.risk.low_level = {self.low_level}, high_level = {self.high_level}: must "
-                "increase within (0, 1), such as 0.2 and 0.8"
-            )
 
 
 @dataclass(frozen=True)

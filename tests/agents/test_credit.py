@@ -13,9 +13,10 @@ from genpol.agents.bpo import Settings as BPOAgentSettings
 from genpol.agents.ppo import Settings
 from genpol.errors import ConfigError
 from genpol.objectives.advantages import dvao, gae, gdpo
-from genpol.on_policy.credit import Credit, RiskSettings
+from genpol.on_policy.credit import Credit
 from genpol.on_policy.masks import CAPOSettings
 from genpol.on_policy.pipo import PIPO, PIPOSettings
+from genpol.on_policy.settings import RiskSettings
 from genpol.on_policy.surrogate_settings import BPOSettings
 
 ENVS, STEPS = 4, 6

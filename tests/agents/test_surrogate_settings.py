@@ -8,7 +8,7 @@ import torch
 from genpol.agents.dppo import Settings as DPPOSettings
 from genpol.agents.ppo import Settings
 from genpol.errors import ConfigError
-from genpol.on_policy.credit import RiskSettings
+from genpol.on_policy.settings import RiskSettings
 from genpol.on_policy.surrogate_settings import (
     NAMES,
     BAPOSettings,

@@ -6,9 +6,11 @@ import csv
 import importlib.util
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from genpol.cli import bench_isaaclab
 from genpol.cli.configuration import compose, to_settings
 from genpol.cli.main import main
 from genpol.errors import ConfigError
@@ -127,3 +129,29 @@ class TestTraining:
         assert float(last["length_mean"]) == 300.0
         assert float(last["return_mean"]) > 285.0
         assert float(last["wall_clock_s"]) < 300.0
+
+
+class TestBenchmark:
+    """The benchmark beside Isaac Lab's trainers."""
+
+    pytestmark = with_isaaclab
+    BENCH: ClassVar = [
+        *("bench", "env=isaaclab", "env.task=cartpole", "num_envs=8", "num_threads=1"),
+        *("agent.rollout_steps=4", "agent.epochs=2", "agent.minibatches=2"),
+        *("--rounds", "1", "--seconds", "0.01"),
+    ]
+
+    def test_all_take_part_on_one_simulation(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*self.BENCH, "agent=ppo", "--save", "--results", str(tmp_path)]) == 0
+        with (tmp_path / "bench-isaaclab-cartpole.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        rates = {row["metric"]: float(row["value"]) for row in rows if row["seed"] == "0"}
+        for key in bench_isaaclab.KEYS:
+            assert rates[f"env_steps_per_s/{key}"] > 0
+        assert "skipped" not in capsys.readouterr().out
+
+    def test_other_agents_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*self.BENCH, "agent=gorl"]) == 2
+        assert "set agent=ppo" in capsys.readouterr().err

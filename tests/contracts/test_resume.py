@@ -12,9 +12,9 @@ from genpol import agents
 from genpol.agent import Specs
 from genpol.errors import CheckpointError, NonFiniteError
 from genpol.offline.settings import NetworkSettings
-from genpol.on_policy.credit import RiskSettings
 from genpol.on_policy.masks import CAPOSettings
 from genpol.on_policy.pipo import PIPOSettings
+from genpol.on_policy.settings import RiskSettings
 from genpol.training import checkpoint
 from genpol.training.loop import Training
 from genpol.training.run import Run

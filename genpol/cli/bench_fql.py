@@ -67,7 +67,7 @@ def contenders(settings: TrainSettings) -> list[Contender]:
     """
     _check(settings)
     from genpol.agent import Specs
-    from genpol.cli.train import build
+    from genpol.cli.building import build
     from genpol.report import fql_yardsticks as others
     from genpol.report.benchmark import Contender
 
@@ -159,7 +159,7 @@ def _noise(work: Workload) -> Rows:
 def _agent(settings: TrainSettings, **changes: Any) -> OfflineAgent:
     from dataclasses import replace
 
-    from genpol.cli.train import build
+    from genpol.cli.building import build
     from genpol.offline import OfflineAgent
 
     agent, _ = build(replace(settings, agent=replace(settings.agent, **changes)))

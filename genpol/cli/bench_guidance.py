@@ -48,7 +48,7 @@ def title(settings: TrainSettings) -> str:
 
 def contenders(settings: TrainSettings) -> list[Contender]:
     """Return all contenders."""
-    from genpol.cli.train import build
+    from genpol.cli.building import build
     from genpol.report.benchmark import Contender
 
     agent, _ = build(settings)

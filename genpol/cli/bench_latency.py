@@ -61,7 +61,7 @@ def contenders(settings: TrainSettings) -> list[Contender]:
     """Return all contenders."""
     import torch
 
-    from genpol.cli.train import build
+    from genpol.cli.building import build
     from genpol.deploy.tracing import NoiseTape, acting, exploration_of, trace
     from genpol.report.benchmark import Contender
 

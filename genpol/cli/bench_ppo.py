@@ -125,7 +125,7 @@ def _workload(settings: TrainSettings) -> Workload:
 
 def _training(settings: TrainSettings, cleanup: ExitStack) -> tuple[Agent, Iterator[TensorDict]]:
     """Return an agent and its rollouts, as the training loop makes them."""
-    from genpol.cli.train import build
+    from genpol.cli.building import build
     from genpol.training.collection import make_collector
 
     agent, make_env = build(settings)

@@ -201,7 +201,7 @@ def _choose(
     seed: int,
     deterministic: bool,
 ) -> Choice:
-    from genpol.cli.train import open_data
+    from genpol.cli.building import open_data
     from genpol.offline.correction import choose_step
 
     try:

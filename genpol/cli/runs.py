@@ -41,14 +41,15 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> TrainedRun:
         CheckpointError: If there is none, or it is damaged.
         ConfigError: If an override is wrong.
     """
-    from genpol.cli import configuration, initial
-    from genpol.cli.train import build
+    from genpol.cli import configuration
+    from genpol.cli.building import build
+    from genpol.cli.start import Start
     from genpol.training import checkpoint
     from genpol.training.loop import load_weights
-    from genpol.training.policy_folder import is_policy_folder
+    from genpol.training.policy_folder import is_policy_folder, read
 
     if is_policy_folder(path):
-        start = initial.find(str(path), "bc")
+        start = Start(str(path), "bc", policy=read(path))
         composed = configuration.compose(
             ["agent=bc", *overrides], model=start.settings(), defaults=start.defaults()
         )

@@ -12,9 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from genpol.cli import configuration, initial
+from genpol.cli.building import build
 from genpol.cli.main import main
 from genpol.cli.runs import load_run
-from genpol.cli.train import build
 from genpol.errors import ConfigError
 from genpol.pretrained import PolicyHolder
 from genpol.training import policy_folder

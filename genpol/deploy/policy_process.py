@@ -23,6 +23,7 @@ import numpy as np
 from genpol.deploy.bundle import Array, open_bundle
 from genpol.deploy.chunks import Answer, kept_weights
 from genpol.deploy.contract import Contract
+from genpol.deploy.start import POLICY_PRIORITY, take_priority
 from genpol.errors import GenpolError
 
 _QUESTION = struct.Struct("<qi?")
@@ -206,6 +207,7 @@ def _work(connection: Connection, folder: Path, form: str, seed: int, num_thread
     """Answer questions until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller to answer
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    take_priority(POLICY_PRIORITY)  # where it is refused, the control loop says so
     try:
         bundle = open_bundle(folder)
         plan = bundle.load(form, num_threads=num_threads)

@@ -14,7 +14,8 @@ from genpol.deploy.contract import Contract
 from genpol.deploy.links.base import Link, Observed
 from genpol.errors import ConfigError, GenpolError
 
-_PRIORITY = 20
+LOOP_PRIORITY, POLICY_PRIORITY = 20, 10
+"""Real-time priorities of the control loop, and below it of the policy."""
 
 
 class LinkError(GenpolError):
@@ -40,12 +41,12 @@ def await_robot(link: Link, timeout_s: float) -> Observed:
             )
 
 
-def take_priority() -> str:
+def take_priority(priority: int = LOOP_PRIORITY) -> str:
     """Have this process run before others that want its core; return why that was not to be had."""
     if not hasattr(os, "sched_setscheduler"):
         return "this system has no real-time scheduling"
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except OSError as error:
         return f"{error.strerror}; see `ulimit -r` and CAP_SYS_NICE"
     return ""

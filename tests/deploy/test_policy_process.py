@@ -19,6 +19,7 @@ from genpol.deploy.bundle import Bundle, sha256
 from genpol.deploy.chunks import Answer, kept_weights
 from genpol.deploy.contract import Contract
 from genpol.deploy.policy_process import PolicyError, PolicyProcess
+from genpol.deploy.start import LOOP_PRIORITY, POLICY_PRIORITY
 from genpol.offline.settings import NetworkSettings
 
 pytest.importorskip("onnxruntime", reason="needs the extra genpol[deploy]")
@@ -377,3 +378,12 @@ def test_a_policy_that_cannot_be_loaded_is_one_clear_error(copied: Path, wild: B
 
 def test_a_format_that_is_not_there_is_one_clear_error(wild: Bundle) -> None:
     assert "format = 'torchscript'" in refusal(wild.folder, wild.contract, form="torchscript")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="real-time priority is root's")
+def test_it_runs_before_others_but_after_the_loop(plain: Bundle, start_policy: Start) -> None:
+    process = start_policy(plain)._process
+    assert process is not None
+    assert process.pid is not None
+    assert os.sched_getscheduler(process.pid) == os.SCHED_FIFO
+    assert os.sched_getparam(process.pid).sched_priority == POLICY_PRIORITY < LOOP_PRIORITY

@@ -54,6 +54,8 @@ NAMED = {
     "world-model-finetuning": ("multitask", PLANNING),
     "sac-replay": ("ReacherEasy", ("sac",)),
     "ppo-locomotion": ("Hopper-v5", ("ppo",)),
+    "finetuning-laptop": ("cube-single-play", ("dsrl", "residual", "best_of_n")),
+    "ogpo-laptop": ("cube-single-play", ("ogpo",)),
 }
 
 

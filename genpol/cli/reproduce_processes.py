@@ -1,4 +1,4 @@
-"""The processes of `genpol reproduce`: their commands, and signals that reach all of them."""
+"""Processes that `genpol` starts: their commands, and signals that reach all of them."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ class Processes:
         *,
         output: IO[bytes] | None = None,
         errors: IO[bytes] | None = None,
+        folder: Path | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> int:
         """Run a command to its end and return its exit code.
@@ -87,6 +88,7 @@ class Processes:
             command: The command.
             output: Where its output goes; ``None`` for the terminal.
             errors: Where its complaints go; ``None`` for the same place.
+            folder: Where it runs; ``None`` for here.
             poll: Called now and then, and once more at the end.
         """
         # In a session of its own, so that the terminal's Ctrl-C comes once, through us.
@@ -95,6 +97,7 @@ class Processes:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if errors is None and output is not None else errors,
+            cwd=folder,
             start_new_session=True,
         )
         with self._lock:
@@ -110,12 +113,16 @@ class Processes:
         return child.returncode
 
     @contextlib.contextmanager
-    def forwarding_signals(self) -> Iterator[None]:
-        """Pass Ctrl-C and polite kills on to the processes for as long as the block lasts."""
+    def forwarding_signals(self, *, interrupt: int = signal.SIGINT) -> Iterator[None]:
+        """Pass Ctrl-C and polite kills on to the processes for as long as the block lasts.
+
+        Args:
+            interrupt: What Ctrl-C is to them.
+        """
 
         def forward(number: int, frame: FrameType | None) -> None:
             # A closed terminal cannot come back for a second try; to a run it is a SIGTERM.
-            self.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            self.send(interrupt if number == signal.SIGINT else signal.SIGTERM)
 
         numbers = [
             signal.SIGINT,

@@ -96,13 +96,16 @@ class Experiment:
                 raise ConfigError(
                     f"experiment {self.name!r}: {name!r} must be letters, digits, '.', '_' or '-'"
                 )
-        lists = (
-            *(self.common, *self.env_overrides.values(), *self.runs.values(), *self.data.values()),
+        without_places = (
+            *(self.common, *self.env_overrides.values(), *self.data.values()),
             *(x for of_label in self.run_overrides.values() for x in of_label.values()),
             *(x for _, entry in self._recordings() for x in (entry.train, entry.record)),
+        )
+        with_places = (
+            *self.runs.values(),
             *(entry.arguments for entry in self.evaluations.values()),
         )
-        for override in (x for overrides in lists for x in overrides):
+        for override in (x for words in (*without_places, *with_places) for x in words):
             if "=" not in override:
                 raise ConfigError(
                     f"experiment {self.name!r}: override {override!r} must read key=value"
@@ -118,9 +121,8 @@ class Experiment:
                         f"{nearest(env, self.envs)}"
                     )
         self._check_labels("run_overrides", self.run_overrides)
-        own = (x for of_label in self.run_overrides.values() for x in of_label.values())
-        for overrides in (self.common, *self.env_overrides.values(), *own):
-            for label in named(overrides):
+        for words in without_places:
+            for label in named(words):
                 raise ConfigError(
                     f"experiment {self.name!r}: {{{label}}} stands for the folder of a run only in "
                     "runs and in arguments of evaluations"
@@ -351,6 +353,8 @@ def _check_recordings(path: Path, written: Any) -> None:
             raise ConfigError(f"{place}: must be a list of {{train: [...], record: [...]}}")
         schema = OmegaConf.structured(RecordingFields)
         for index, entry in enumerate(entries):
+            if not isinstance(entry, DictConfig):
+                raise ConfigError(f"{place}[{index}]: must be {{train: [...], record: [...]}}")
             try:
                 entries[index] = OmegaConf.merge(schema, entry)
                 OmegaConf.to_object(entries[index])

@@ -110,7 +110,7 @@ def evaluate(
     judged = torch.cat(successes) if successes else torch.zeros(0, dtype=torch.bool)
     every = torch.cat(returns)
     task_returns = {
-        name: every[torch.tensor([task == name for task in played])]
+        name: every[torch.tensor([task == name for task in played], dtype=torch.bool)]
         for name in dict.fromkeys(row_tasks)
     }
     return Evaluation(every, torch.cat(lengths), judged, diverged, task_returns)

@@ -191,7 +191,7 @@ class Training:
                 if self.steps >= self._end:
                     return
         except CollectorDied as error:
-            if self.env_steps == 0:
+            if self.steps == 0:
                 raise
             saved = self.save()
             raise CollectorDied(

@@ -1,6 +1,5 @@
 """Groups played by torchrl's ``RayCollector``: in other processes, here or anywhere in a cluster.
 
-Ray is joined where ``RAY_ADDRESS`` or an earlier ``ray start`` says, else started on this machine.
 ``RayCollector`` itself keeps the actors and gathers their rollouts. Two things go past its own
 ways (torchrl 0.14.1):
 
@@ -13,7 +12,6 @@ ways (torchrl 0.14.1):
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +24,9 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, ExplorationType
 
-from genpol.errors import require
+from genpol.errors import GenpolError, require
 from genpol.provenance import usable_cores
+from genpol.training import ray_cluster
 from genpol.training.groups import CollectorDied, GroupSpec, State
 
 T = TypeVar("T")
@@ -50,7 +49,7 @@ class RayCollection:
         self._count = len(specs)
         self._states = [spec.state for spec in specs]
         threads = num_threads or max(1, usable_cores() // len(specs))
-        self._ours = _start_ray(self._ray, len(specs))
+        self._ours = ray_cluster.join(self._ray, max(usable_cores(), len(specs)))
         self._collector = self._telling(lambda: _make_collector(specs, threads))
         self._batches = iter(self._collector)
 
@@ -85,18 +84,37 @@ class RayCollection:
         return found
 
     def _telling(self, work: Callable[[], T]) -> T:
-        """Do something with the actors, and say in one line which one is gone."""
+        """Do something with the actors, and say in one line which one is gone, or refuses."""
+        errors = self._ray.exceptions
         try:
             return work()
-        except self._ray.exceptions.RayActorError as error:
+        except errors.RayActorError as error:
             raise CollectorDied(self._obituary(error)) from None
+        except errors.RayTaskError as error:
+            if not isinstance(error.cause, GenpolError):
+                raise
+            raise CollectorDied(f"a collector of {self._count} (Ray) died: {error.cause}") from None
 
     def _obituary(self, error: Exception) -> str:
         dead = getattr(error, "actor_id", None)
         handles = getattr(getattr(self, "_collector", None), "remote_collectors", [])
         numbers = [i for i, x in enumerate(handles) if x._actor_id.hex() == dead]
         which = f"collector {numbers[0]}" if numbers else "a collector"
-        return f"{which} of {self._count} (Ray) died"
+        *_, reason = str(error).strip().splitlines()  # behind a traceback or a list of facts
+        reason = reason.removeprefix("genpol.errors.").partition(". Worker exit type")[0]
+        return f"{which} of {self._count} (Ray) died: {reason}"
+
+
+class _Actor(Collector):
+    """torchrl's collector, of which Ray can tell what went wrong in it.
+
+    Ray asks what failed for its truth, hence its length, which endless and unfinished collectors
+    answer by errors of their own; the process then dies over that, and nobody learns the cause.
+    """
+
+    def __bool__(self) -> bool:
+        """Be true, as any object is."""
+        return True
 
 
 def _make_collector(specs: Sequence[GroupSpec], threads: int) -> Any:
@@ -106,7 +124,7 @@ def _make_collector(specs: Sequence[GroupSpec], threads: int) -> Any:
         collector = RayCollector(
             [partial(_make_env, spec, threads) for spec in specs],
             policy_factory=[spec.policy for spec in specs],
-            collector_class=Collector,
+            collector_class=_Actor,
             frames_per_batch=sum(spec.frames for spec in specs),
             total_frames=sys.maxsize,
             exploration_type=ExplorationType.RANDOM,
@@ -134,14 +152,3 @@ def _knowing() -> Iterator[None]:
 def _make_env(spec: GroupSpec, threads: int) -> EnvBase:
     torch.set_num_threads(threads)
     return spec.env()
-
-
-def _start_ray(ray: Any, collectors: int) -> bool:
-    """Join the cluster that there is, or start Ray here; return whether it is ours to end."""
-    if ray.is_initialized():
-        return False
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if "RAY_ADDRESS" not in os.environ:
-        options |= {"num_cpus": max(usable_cores(), collectors), "include_dashboard": False}
-    ray.init(**options)
-    return True

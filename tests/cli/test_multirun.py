@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
     monkeypatch.chdir(tmp_path)
     runs: list[list[str]] = []
 
-    def train(overrides: list[str], log: Path) -> int:
+    def train(overrides: list[str], log: Path, folder: Path) -> int:
         runs.append(overrides)
         return int("seed=2" in overrides)
 
@@ -48,7 +49,38 @@ def test_a_run_that_fails_is_named_and_the_others_take_place(launched: Any, caps
     assert len(launched) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "seed=1: finished"
-    assert lines[2].startswith("seed=2: exit code 1, see runs")
+    assert lines[2].startswith(f"seed=2: exit code 1, see {Path.cwd() / 'runs'}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_politely_and_begins_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: signal.Signals
+) -> None:
+    """The run takes longer to end than Python's ``subprocess.run`` lets children live then."""
+    script = f"""
+import os, signal, sys, time
+def stop(*_):
+    time.sleep(1)
+    print("saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+os.kill(os.getppid(), {number})
+time.sleep(60)
+"""
+    monkeypatch.setattr(multirun, "_command", lambda overrides: [sys.executable, "-c", script])
+    assert main(["train", "-m", *TINY, "seed=1,2", f"output={tmp_path}"]) == 130
+    lines = capsys.readouterr().out.splitlines()
+    (log,) = tmp_path.rglob("0.log")
+    assert lines[1:] == [f"seed=1: interrupted, see {log}", "seed=2: not begun"]
+    assert log.read_text() == "saved\n"
+
+
+def test_a_run_whose_machine_is_lost_is_named() -> None:
+    def lost() -> int:
+        raise ConnectionError("Job 7 has not produced any output\n  node failure\n")
+
+    assert multirun._ending(lost, ConnectionError) == "lost: node failure"
+    assert multirun._ending(lambda: 3, ConnectionError) == 3
 
 
 @pytest.mark.parametrize(
@@ -59,6 +91,7 @@ def test_a_run_that_fails_is_named_and_the_others_take_place(launched: Any, caps
         (["seed=interval(0,1)"], "give the values"),
         (["hydra/launcher=joblib"], "must be one of basic, ray, submitit_local, submitit_slurm"),
         (["hydra.launcher.timeout_min=5"], "basic has no options"),
+        (["hydra.launcher.timeout_min=["], "'hydra.launcher.timeout_min=[': while parsing"),
     ],
 )
 def test_what_is_wrong_is_told_before_any_run(
@@ -68,6 +101,16 @@ def test_what_is_wrong_is_told_before_any_run(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert launched == []
+
+
+def test_ranks_do_not_each_begin_all_runs(
+    launched: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--multirun", *TINY, "seed=1,2"]) == 2
+    assert "every rank of torchrun would begin all runs" in capsys.readouterr().err
     assert launched == []
 
 
@@ -85,13 +128,24 @@ def installed(package: str) -> Any:
     return pytest.mark.skipif(missing, reason=f"{package} is not installed (extra `distributed`)")
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param("ray", marks=installed("ray")),
-        pytest.param("submitit_local", marks=installed("submitit")),
-    ],
-)
+LAUNCHERS = [
+    pytest.param("ray", marks=installed("ray")),
+    pytest.param("submitit_local", marks=installed("submitit")),
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_option_that_a_launcher_does_not_know_is_told_in_one_line(
+    launched: Any, capsys: Any, launcher: str
+) -> None:
+    arguments = [f"hydra/launcher={launcher}", "hydra.launcher.memry=5"]
+    assert main(["train", "--multirun", *TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "memry" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_runs_take_place(tmp_path: Path, capsys: Any, launcher: str) -> None:
     arguments = ["train", "--multirun", *TINY, f"hydra/launcher={launcher}", "seed=3,4"]
     assert main([*arguments, f"output={tmp_path}"]) == 0

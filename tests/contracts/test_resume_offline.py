@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from genpol.data.dataset import OfflineDataset
 from genpol.errors import DatasetError
 from genpol.offline import NetworkSettings
 from genpol.training import checkpoint
+from genpol.training.groups import CollectorDied, DirectCollection
 from genpol.training.loop import Training
 from genpol.training.run import Run
 from genpol.training.settings import CheckpointSettings, EvaluationSettings, TrainSettings
@@ -72,9 +75,10 @@ def dataset():
     return OfflineDataset.from_trajectories(trajectories)
 
 
-def start(folder, make_env, dataset, updates, online, *, agent, run=None):
+def start(folder, make_env, dataset, updates, online, *, agent, run=None, collectors=1):
     settings = TrainSettings(
         num_envs=4,
+        num_collectors=collectors,
         total_steps=updates,
         online_steps=online,
         evaluation=EvaluationSettings(interval_steps=20, episodes=4),
@@ -85,10 +89,10 @@ def start(folder, make_env, dataset, updates, online, *, agent, run=None):
     )
     options = agents.settings_class(agent)(**SETTINGS[agent])
     specs = Specs.from_env(make_env(num_envs=1), num_envs=4)
-    made = agents.make(agent, options, specs, seed=0)
+    make_agent = partial(agents.make, agent, options, specs, seed=0)
     if run is None:
         run = Run.create(folder, "toy", agent, 0, {}, ["test"], tensorboard=False)
-    return Training(made, make_env, settings, run, dataset)
+    return Training(make_agent(), make_env, settings, run, dataset, make_agent)
 
 
 def rows(training, name):
@@ -150,6 +154,25 @@ def test_a_run_on_data_goes_on_online_when_resumed(tmp_path, point_mass, dataset
     first.start()
     run = Run.open(first.run.path)
     second = start(tmp_path, point_mass, dataset, 30, 200, agent="fql", run=run)
+    second.resume(checkpoint.latest(run.checkpoints))
+    second.start()
+    assert second.env_steps == 200
+    assert second.agent.gradient_steps == 30 + int((200 - 64) * 0.2)
+
+
+def test_a_collector_that_dies_at_once_costs_no_updates_on_data(
+    tmp_path, point_mass, dataset, monkeypatch
+):
+    def die(*arguments):
+        raise CollectorDied("collector 0 of 2 died")
+
+    first = start(tmp_path, point_mass, dataset, 30, 200, agent="fql", collectors=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectCollection, "collect", die)
+        with pytest.raises(CollectorDied, match="died; step-000000000030 is saved"):
+            first.start()
+    run = Run.open(first.run.path)
+    second = start(tmp_path, point_mass, dataset, 30, 200, agent="fql", run=run, collectors=2)
     second.resume(checkpoint.latest(run.checkpoints))
     second.start()
     assert second.env_steps == 200

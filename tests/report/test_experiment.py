@@ -354,6 +354,13 @@ def test_a_changed_run_changes_the_commands_of_its_evaluations(tmp_path: Path) -
             r"recorded.CheetahRun\[0\]: .*: record",
         ),
         (RECORDED, ("- train:", "  train:"), "recorded.CheetahRun: must be a list of"),
+        (
+            SEVERAL,
+            ("{train: [agent=sac], record: [output=a/walk-v0]}", "agent=sac"),
+            r"recorded.CheetahRun\[0\]: must be {train: .*record",
+        ),
+        (RECORDED, ("agent=sac", "'x={gorl}'"), "{gorl} stands for the folder of a run only in"),
+        (RECORDED, ("episodes=9", "'x={gorl}'"), "{gorl} stands for the folder of a run only in"),
         (SEVERAL, ("a/pole", "b/pole"), "must be different data sets in one folder"),
         (SEVERAL, ("a/pole-v0", "a/walk-v0"), "must be different data sets in one folder"),
         (CHAINED, ("init={gorl}", "init={gorll}"), "run 'tuned' needs runs 'gorll'.*'gorl'"),

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tensordict import TensorDict
 
 from genpol.cli.main import main
-from genpol.training import checkpoint, groups
+from genpol.training import checkpoint, distributed_collection, groups
 from genpol.training.distributed_collection import DistributedCollection
 
+WITH_RAY = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed (extra `distributed`)"
+)
 TINY = [
     *("env=Reacher-v5", "num_envs=4", "num_threads=1", "env.num_threads=1"),
     *("evaluation.episodes=2", "tensorboard=false", "video=false"),
@@ -112,7 +118,8 @@ def kill_before(
     monkeypatch: pytest.MonkeyPatch, kind: type, call: int, kill: Callable[[Any], None]
 ) -> None:
     """Let a collector be killed before a batch is asked for."""
-    collect, calls = kind.collect, []  # type: ignore[attr-defined]
+    collect = kind.collect  # type: ignore[attr-defined]
+    calls: list[None] = []
 
     def killing(self: Any, learned: Mapping[str, Any]) -> TensorDict:
         calls.append(None)
@@ -148,9 +155,79 @@ def test_other_processes_play_the_same_and_a_killed_one_loses_nothing(
     check_killed(tmp_path, straight, capsys, "distributed", "process ")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed (extra `distributed`)"
-)
+def test_ctrl_c_while_collectors_come_up_is_the_learners_to_heed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = DistributedCollection._await
+
+    def interrupting(self: DistributedCollection) -> None:
+        for pid in [*(process.pid for process in self._processes), os.getpid()]:
+            os.kill(pid or 0, signal.SIGINT)  # as a terminal does
+        wait(self)
+
+    monkeypatch.setattr(DistributedCollection, "_await", interrupting)
+    code, run = train(tmp_path, "ppo", "collector=distributed", "num_collectors=2")
+    assert code == 130
+    assert checkpoint.resolve(run).name == "step-000000000100"
+
+
+def test_a_collector_that_is_killed_after_its_last_rollout_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = DistributedCollection.close
+
+    def killing(self: DistributedCollection) -> None:
+        os.kill(self._processes[1].pid or 0, signal.SIGKILL)
+        self._processes[1].join()
+        time.sleep(0.5)  # for the connection to be known as closed
+        close(self)
+
+    monkeypatch.setattr(DistributedCollection, "close", killing)
+    more = ["collector=distributed", "num_collectors=2"]
+    code, run = train(tmp_path, "ppo", *more, steps=100)
+    assert code == 0
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("backend", ["distributed", pytest.param("ray", marks=WITH_RAY)])
+def test_what_a_collector_refuses_is_told_in_one_line(
+    tmp_path: Path, capsys: Any, backend: str
+) -> None:
+    groups_of_4 = ["env.group_size=4", "env.group_steps=25", "agent.advantage=group"]
+    more = ["env=HopperStand", f"collector={backend}", "num_collectors=2", *groups_of_4]
+    rest = [text for text in [*TINY, *AGENTS["ppo"]] if not text.startswith("env=")]
+    assert main(["train", "agent=ppo", *rest, *more, f"output={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert " of 2 (" in error
+    assert "env.group_size = 4, env.group_steps = 25: the size must divide num_envs = 2" in error
+    assert error.count("\n") == 1
+
+
+def test_a_collector_ends_in_silence_where_the_learner_was_killed() -> None:
+    class Line:
+        def receive(self, rank: int) -> Any:
+            return {}
+
+        def send(self, rank: int, parcel: torch.Tensor) -> None:
+            raise distributed_collection._LineCut
+
+    class Played:
+        def collect(self, learned: Any) -> Any:
+            return 1
+
+        def state(self) -> Any:
+            return 2
+
+    distributed_collection._answer(Line(), Played())  # type: ignore[arg-type]
+
+
+def test_processes_find_each_other_on_this_machine_alone() -> None:
+    store = distributed_collection._open_store(2)
+    listening = [x.laddr for x in psutil.Process().net_connections() if x.status == "LISTEN"]
+    assert [place.ip for place in listening if place.port == store.port] == ["127.0.0.1"]
+
+
+@WITH_RAY
 def test_actors_of_ray_play_the_same_and_a_killed_one_loses_nothing(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -140,6 +140,13 @@ def test_returns_are_told_apart_by_the_tasks_of_the_environments(still):
     assert (told["return_mean/a"], told["return_mean/b"]) == (1, pytest.approx(8 / 3))
 
 
+def test_tasks_without_a_valid_episode_have_no_mean(still):
+    env = ScriptedEnv(reward=[[BAD], [BAD]], end=[[0], [0]], diverged=[[1], [1]])
+    env.row_tasks = ("a", "b")
+    told = evaluate(still, env, episodes=2, seed=0).summary()
+    assert all(math.isnan(told[f"return_mean/{task}"]) for task in env.row_tasks)
+
+
 def test_lengths_count_the_steps_up_to_the_end(still):
     env = ScriptedEnv(reward=[[0] * 4] * 3, end=[[0, 1, 0, 1], [0, 0, 0, 1], [1, 0, 1, 1]])
     assert evaluate(still, env, episodes=3, seed=0).lengths.tolist() == [2, 4, 1]

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from genpol.errors import GenpolError
 from genpol.seeding import derive
@@ -48,9 +49,17 @@ def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ and int(environ.get("WORLD_SIZE", "1")) > 1
 
 
+def own_device(name: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the device that a rank means by ``cuda``: one for each rank of a machine."""
+    return f"cuda:{environ['LOCAL_RANK']}" if name == "cuda" and _SELF.size > 1 else name
+
+
 @contextmanager
 def join() -> Iterator[None]:
     """Be one of the ranks that ``torchrun`` started, while the ``with`` block runs."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE
     )
@@ -148,13 +157,23 @@ def branch(generator: torch.Generator) -> torch.Generator:
 
 
 def gather(thing: T) -> list[T]:
-    """Return what all ranks have, in their order; it is pickled on the way."""
+    """Return what all ranks have, in their order, tensors where this rank's are.
+
+    It is pickled on the way.
+    """
     if _SELF.size == 1:
         return [thing]
     found: list[Any] = [None] * _SELF.size
+    devices = {x.device for x in pytree.tree_leaves(thing) if isinstance(x, Tensor)}
     with _telling():
-        dist.all_gather_object(found, thing)
-    return found
+        dist.all_gather_object(found, _moved(thing, torch.device("cpu")))
+    home = devices.pop() if len(devices) == 1 else torch.device("cpu")
+    return [_moved(x, home) for x in found]
+
+
+def _moved(thing: T, device: torch.device) -> T:
+    moved: T = pytree.tree_map_only(Tensor, lambda x: x.to(device), thing)
+    return moved
 
 
 def from_first(thing: T) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -106,7 +107,7 @@ def _train(arguments: Sequence[str]) -> int:
         model=start.settings() if start else None,
         defaults=start.defaults() if start else None,
     )
-    settings = configuration.to_settings(config)
+    settings = _of_rank(configuration.to_settings(config))
     agent, make_env = build(settings)
     if parallel.size() > 1:
         agent.check_ranks()
@@ -150,7 +151,7 @@ def _resume(path: Path, overrides: list[str]) -> int:
     found = checkpoint.resolve(path)
     folder = checkpoint.run_folder(found)
     config = configuration.load(folder / "config.yaml", overrides)
-    settings = configuration.to_settings(config)
+    settings = _of_rank(configuration.to_settings(config))
     agent, make_env = build(settings)
     if parallel.size() > 1:
         agent.check_ranks()
@@ -169,6 +170,13 @@ def _resume(path: Path, overrides: list[str]) -> int:
         cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)),
     )
     return _go(training, make_env, settings, run)
+
+
+def _of_rank(settings: TrainSettings) -> TrainSettings:
+    """Return settings with the device of this rank."""
+    from genpol import parallel
+
+    return replace(settings, device=parallel.own_device(settings.device))
 
 
 def _go(training: Training, make_env: EnvFactory, settings: TrainSettings, run: Run) -> int:

@@ -217,8 +217,9 @@ class OnPolicyLearner:
         return metrics
 
     def _critic_steps(self, rows: Rows, number: int) -> dict[str, Tensor]:
-        """Take so many steps of the critics on pieces of the rows; return the last metrics."""
+        """Take steps of the critics on so many pieces of the rows; return the last metrics."""
         metrics: dict[str, Tensor] = {}
+        number = min(number, parallel.least(len(rows["target"])))
         observations = rows[self.actor_critic.critic_key].tensor_split(number)
         targets = rows["target"].tensor_split(number)
         for observation, target in zip(observations, targets, strict=True):

@@ -91,6 +91,12 @@ class Experiment:
         for entry in ("seeds", "envs", "runs"):
             if not getattr(self, entry):
                 raise ConfigError(f"experiment {self.name!r}: {entry} is empty; name at least one")
+        if min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(
+                f"experiment {self.name!r}: seeds = {self.seeds}: must differ and be at least 0"
+            )
+        if len(set(self.envs)) < len(self.envs):
+            raise ConfigError(f"experiment {self.name!r}: envs = {self.envs}: must differ")
         for name in (*self.envs, *self.runs, *self.evaluations):
             if not NAME.fullmatch(name):
                 raise ConfigError(

@@ -194,26 +194,3 @@ class DirectCollection:
         """See :class:`Collection`."""
         for group in self._groups:
             group.close()
-
-
-def open_collection(backend: str, specs: Sequence[GroupSpec], *, num_threads: int) -> Collection:
-    """Begin groups where ``backend`` says: ``direct``, ``ray`` or ``distributed``.
-
-    Args:
-        backend: See above.
-        specs: How to begin each.
-        num_threads: Threads of torch in each other process; 0 shares the cores out.
-
-    Raises:
-        MissingExtraError: If the backend's package is not installed.
-        CollectorDied: If a collector does not come up.
-    """
-    if backend == "direct":
-        return DirectCollection(specs)
-    if backend == "ray":
-        from genpol.training.ray_collection import RayCollection
-
-        return RayCollection(specs, num_threads=num_threads)
-    from genpol.training.distributed_collection import DistributedCollection
-
-    return DistributedCollection(specs, num_threads=num_threads)

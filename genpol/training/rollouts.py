@@ -7,7 +7,7 @@ sees with ``num_collectors=k``, and can go on from its checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from torchrl.envs import EnvBase
 from genpol import parallel
 from genpol.agent import Agent
 from genpol.errors import CheckpointError, ConfigError
-from genpol.training.groups import Collection, GroupSpec, State, learned_state, open_collection
+from genpol.training.groups import (
+    Collection,
+    DirectCollection,
+    GroupSpec,
+    State,
+    learned_state,
+)
 from genpol.training.settings import TrainSettings
 
 _KEY = "collectors"
@@ -83,7 +89,7 @@ class GroupRollouts:
         Raises:
             CollectorDied: If a collector is gone; :meth:`state` is then that of the batch before.
         """
-        self._collection = open_collection(
+        self._collection = _open_collection(
             self._settings.collector, self._specs, num_threads=self._settings.num_threads
         )
         while True:
@@ -161,3 +167,26 @@ def _of_others(path: Path, saved: int, here: int) -> str:
     if saved > 1:
         mend = f"num_collectors={saved}, or on {saved} ranks of torchrun"
     return f"{path}: was saved by {saved} collectors or ranks, not {here}; go on with {mend}"
+
+
+def _open_collection(backend: str, specs: Sequence[GroupSpec], *, num_threads: int) -> Collection:
+    """Begin groups where ``backend`` says: ``direct``, ``ray`` or ``distributed``.
+
+    Args:
+        backend: See above.
+        specs: How to begin each.
+        num_threads: Threads of torch in each other process; 0 shares the cores out.
+
+    Raises:
+        MissingExtraError: If the backend's package is not installed.
+        CollectorDied: If a collector does not come up.
+    """
+    if backend == "direct":
+        return DirectCollection(specs)
+    if backend == "ray":
+        from genpol.training.ray_collection import RayCollection
+
+        return RayCollection(specs, num_threads=num_threads)
+    from genpol.training.distributed_collection import DistributedCollection
+
+    return DistributedCollection(specs, num_threads=num_threads)

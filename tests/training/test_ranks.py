@@ -127,3 +127,12 @@ def test_a_process_that_is_alone_changes_nothing() -> None:
     assert parallel.gather("own") == ["own"]
     assert not parallel.started_by_torchrun({"WORLD_SIZE": "2"})  # of a host's own making
     assert parallel.started_by_torchrun({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"})
+
+
+def test_cuda_is_a_device_of_its_own_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"LOCAL_RANK": "1"}
+    assert parallel.own_device("cuda", environ) == "cuda"
+    monkeypatch.setattr(parallel._SELF, "size", 2)
+    assert parallel.own_device("cuda", environ) == "cuda:1"
+    assert parallel.own_device("cuda:0", environ) == "cuda:0"
+    assert parallel.own_device("cpu", environ) == "cpu"

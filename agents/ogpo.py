@@ -133,7 +133,7 @@ class Settings(FinetuneSettings):
     final_learning_rate: float = 2e-5
     """Adam step size of the policy at the end of its decay, a half cosine."""
     decay_updates: int = 50_000
-    """Updates of the policy after which it is at that end."""
+    """Updates of the policy after the warm-up over which it falls to that."""
     policy_polyak: float = 0.005
     """Share of the live policy in every update of the averaged one, which acts."""
     success_batch_size: int = 256
@@ -148,7 +148,8 @@ class Settings(FinetuneSettings):
         check.one_of("agent.correction", variant.correction, CORRECTIONS)
         check.at_least("agent.best_of", variant.best_of, 1)
         check.at_least("agent.bc_weight", variant.bc_weight, 0.0)
-        for name in ("group_size", "success_batch_size", "decay_updates"):
+        check.at_least("agent.group_size", self.group_size, 2)
+        for name in ("success_batch_size", "decay_updates"):
             check.at_least(f"agent.{name}", getattr(self, name), 1)
         check.within("agent.policy_batch_size", self.policy_batch_size, 1, self.batch_size)
         check.at_least("agent.warmup_updates", self.warmup_updates, 0)

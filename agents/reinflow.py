@@ -201,6 +201,18 @@ class ReinFlow(PretrainedActions, DenoisingAgent, PolicyHolder):
     def load_policy(self, policy: PretrainedPolicy) -> None:
         """See :class:`~genpol.pretrained.PolicyHolder`."""
         super().load_policy(policy)
+        self._begin_here()
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load all weights, from which another run may go on: its own beginning is restored later.
+
+        See :meth:`NoisyLikelihood.load_state`.
+        """
+        loaded = super().load_state_dict(state_dict, *args, **kwargs)
+        self._begin_here()
+        return loaded
+
+    def _begin_here(self) -> None:
         (origin,) = self._origin
         origin.load_state_dict(self.behaviour.state_dict())
 

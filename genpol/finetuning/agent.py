@@ -181,7 +181,7 @@ class FinetuningAgent(ChunkAgent, ReplayAgent, PolicyHolder):
         action, weight = batch["action"], batch["weight"]
         if self.settings.partial_windows:
             action = torch.where(batch["valid"].unsqueeze(-1), action, 0.0)
-            weight = torch.ones_like(weight)
+            weight = batch["valid"][:, 0].to(weight.dtype)  # nothing is known of a broken start
         values = self.critic(self.encode(batch["observation"]), action)
         loss = critic_loss(values, target, weight)
         spread = values.detach().std(0).mean() if len(values) > 1 else values.new_zeros(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from genpol.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 _ABSENT = object()  # a setting may be null
 
 
@@ -142,6 +144,8 @@ class YamlConfig:
             raise CheckpointError(f"{path}: is no YAML ({_one_line(error)})") from None
         if not isinstance(self._config, DictConfig):
             raise CheckpointError(f"{path}: holds no settings")
+        # A variable of this machine's environment could end up in a policy that others see.
+        self._config = OmegaConf.create(_without_environment(self._config))
 
     def get(self, *keys: str, default: Any = None) -> Any:
         """Return the value at the first of these dotted keys that there is.
@@ -151,7 +155,7 @@ class YamlConfig:
         """
         for key in keys:
             try:
-                found = OmegaConf.select(self._config, key, default=_ABSENT)
+                found = OmegaConf.select(self._config, key, default=_ABSENT, throw_on_missing=True)
             except OmegaConfBaseException as error:
                 raise CheckpointError(
                     f"{self.path}: {key} refers to what is not in the file "
@@ -200,6 +204,19 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(f"{path}: is a folder; name the file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+
+
+def _without_environment(config: DictConfig) -> Any:
+    """Return settings in which what asks for a variable of the environment is missing."""
+
+    def without(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: without(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [without(value) for value in x]
+        return "???" if isinstance(x, str) and _ENVIRONMENT.search(x) else x
+
+    return without(OmegaConf.to_container(config, resolve=False))
 
 
 def _one_line(error: Exception) -> str:

@@ -354,6 +354,18 @@ def test_cut_windows_teach_only_if_asked_to():
     assert batches[False] == 0.0 < batches[True]
 
 
+def test_windows_that_begin_broken_teach_nothing():
+    agent = make(partial_windows=True)
+    batch = agent.windows(windows(agent))
+    batch["valid"][:] = False
+    assert float(agent.critic_loss(batch, torch.full((8,), -50.0))[0]) == 0.0
+
+
+def test_a_group_has_at_least_two_chains():
+    with pytest.raises(ConfigError, match="group_size = 1: must be >= 2"):
+        make(group_size=1)
+
+
 def test_targets_combine_samples_and_heads_as_the_settings_say():
     agent = make(target="min", target_samples=4, target_sample_mean="median")
     values = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(3))

@@ -168,6 +168,21 @@ def test_it_begins_from_a_policy_and_acts_like_it(name):
         assert all(torch.equal(origin[k], x) for k, x in agent.behaviour.state_dict().items())
 
 
+def test_the_origin_is_that_from_which_a_run_begins():
+    def origin(agent):
+        return agent.learner._likelihood.origin.state_dict()
+
+    one, other = make(), make()
+    with torch.no_grad():
+        for parameter in one.behaviour.parameters():
+            parameter.add_(1.0)
+    kept = {k: x.clone() for k, x in origin(one).items()}
+    other.load_state_dict(one.state_dict())
+    assert all(torch.equal(origin(other)[k], x) for k, x in _weights(one).items())
+    other.load_training_state(one.training_state())  # as a run does that goes on
+    assert all(torch.equal(origin(other)[k], x) for k, x in kept.items())
+
+
 def _weights(agent):
     return {k: x.clone() for k, x in agent.behaviour.state_dict().items()}
 

@@ -131,6 +131,14 @@ def test_values_of_the_environment_variables_are_not_needed(layouts):
         foreign.read("dppo", run.write(), ImportOptions())
 
 
+def test_variables_of_the_environment_are_not_read(layouts, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "4")
+    run = layouts.dppo()
+    run.config["horizon_steps"] = "${oc.env:A_SECRET}"
+    with pytest.raises(CheckpointError, match=r"horizon_steps refers to what is not in the file"):
+        foreign.read("dppo", run.write(), ImportOptions())
+
+
 @pytest.mark.parametrize("name", ["obs_min", "action_max"])
 def test_statistics_that_are_no_numbers_are_refused(layouts, name):
     run = layouts.dppo()

@@ -112,7 +112,9 @@ def _report_experiment(
     budget_s = None if options.budget is None else 60.0 * options.budget
     limits: dict[str, Any] = {"metric": options.metric, "at": options.at, "budget_s": budget_s}
     table = statistics.summarise(frame, **limits)
-    _print(f"{path.stem}: {options.metric}", *_cells(table))
+    offline = statistics.on_data(frame[frame["metric"] == options.metric])
+    clock = "updates" if offline else "env steps"
+    _print(f"{path.stem}: {options.metric}", *_cells(table, clock))
     _print_tasks(frame, path.stem, limits)
     if (table["seeds"] < _FEW_SEEDS).any():
         _note("intervals over fewer than 5 seeds are too narrow to be taken at their word")
@@ -176,12 +178,12 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _cells(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the cells of the printed table."""
-    header = ["agent", "env", "seeds", "env steps", "IQM", "95 % interval", "mean ± std", "minutes"]
+def _cells(table: pd.DataFrame, clock: str) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the cells of the printed table, with what its steps are."""
+    header = ["agent", "env", "seeds", clock, "IQM", "95 % interval", "mean ± std", "minutes"]
     apart = bool((table["agent_steps"] != table["env_steps"]).any())
     if apart:
-        header.insert(header.index("env steps") + 1, "agent steps")
+        header.insert(header.index(clock) + 1, "agent steps")
     rows = [
         [
             row["agent"],
@@ -213,7 +215,8 @@ def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    numeric = {"seeds", "env steps", "agent steps", "IQM", "minutes", "median", "min", "max"}
+    numeric = {"seeds", "env steps", "agent steps", "updates"}
+    numeric |= {"IQM", "minutes", "median", "min", "max"}
     for name in header:
         table.add_column(name, justify="right" if name in numeric else "left", no_wrap=True)
     for row in rows:

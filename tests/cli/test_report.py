@@ -55,6 +55,23 @@ def test_the_table_has_iqm_interval_and_wall_clock(
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
+def test_the_clock_of_what_learns_from_data_is_updates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    path = tmp_path / "demo.csv"
+    rows = [
+        replace(row, env_steps=0, agent_steps=0, gradient_steps=row.env_steps)
+        for row in results.rows_of(path)
+    ]
+    results.replace(path, rows, obsolete=lambda row: True)
+    assert report.run(["demo", "--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "updates" in out
+    assert "env steps" not in out
+    assert "60,000" in out
+
+
 def test_agent_steps_are_told_where_they_are_fewer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
